@@ -1,0 +1,401 @@
+"""Every setting of a run: its name, type, range and meaning, in one frozen, validated tree.
+
+Knows shapes and ranges only. Names (data sets, networks) are checked by their own registries when a run is
+planned, and nothing here touches torch, Ray or a file other than YAML: the presets beside it and the user's own.
+
+A preset is a YAML file that may start from another (`base: NAME`, or the path of one, relative to the file that names
+it). A setting that is not listed keeps the default written here; an unknown key is refused with the nearest known one.
+`distill` is for the preset's own `method`; what other methods are run with at its scale is in `methods: {NAME: ...}`.
+`(4.2)` and the like name the paper's section, `METHOD 5` the table of published settings.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from krrst_dist import plugins
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+DEFAULT_METHOD = "krr_st"
+
+CARRIED = "KRRST_SETTINGS"
+"""Environment variable: the user's own YAML files that a job was submitted with, as YAML {path: settings, bases merged in}."""
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: says which field, its value, the rule and the remedy."""
+
+
+class Settings(BaseModel):
+    """Base of every group of settings: immutable, no unknown keys. Raises ConfigError, a line for every field that is wrong."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError("\n".join(_explain(e, type(self)) for e in error.errors())) from None
+
+
+class NetworkSettings(Settings):
+    """A network by its registry name; an option left None takes the network's own default."""
+
+    name: str = "convnet"
+    """registry name: convnet, resnet10, resnet18, resnet50, vgg11, alexnet, mobilenet"""
+    widths: tuple[Positive, ...] | None = None
+    """output channels of each block (ConvNet only)"""
+    norm: Literal["batch", "instance", "none"] | None = None
+    """normalisation layer (ConvNet only). `none`: no such layer; left out, or None: the network's own default, which is batch"""
+    norm_before: bool | None = None
+    """normalise before each convolution but the first, instead of after each (ConvNet only)"""
+    stem_padding: Literal[1, 2] | None = None
+    """padding of the 3x3 stem (ResNets only); the authors' released checkpoints need 2"""
+
+    def options(self) -> dict[str, Any]:
+        """The options that were given, as keyword arguments for `networks.build`."""
+        return self.model_dump(exclude={"name"}, exclude_none=True)
+
+    def __str__(self) -> str:
+        """For tables: convnet-128-256-512, resnet18-stem_padding=2."""
+        widths, others = self.widths or (), self.model_dump(exclude={"name", "widths"}, exclude_none=True)
+        return "-".join([self.name, *map(str, widths), *(f"{key}={value}" for key, value in others.items())])
+
+
+class SourceSettings(Settings):
+    """The unlabeled images X_t."""
+
+    dataset: str
+    """registry name of the data set whose training split is distilled"""
+    resolution: Positive
+    """pixels a side, after resizing"""
+    resize: Literal["crop", "squash"] = "crop"
+    """crop: shorter side to the resolution, then the centre; squash: both sides, ignoring the aspect ratio"""
+    held_out: Annotated[int, Field(ge=2)] = 1000
+    """images set aside before the target is trained, for the held-out ridge loss alone"""
+    split_seed: NonNegative = 0
+    """seed of that split; independent of the run's seed, so that runs share one target"""
+
+
+class TargetSettings(Settings):
+    """The self-supervised target model g_phi (Barlow Twins), or an existing checkpoint of it."""
+
+    network: NetworkSettings = NetworkSettings(name="resnet18")
+    checkpoint: Annotated[str | None, tyro.conf.arg(aliases=("--target-checkpoint",))] = None
+    """weights to use instead of training: a .pt (read weights-only) or .safetensors file"""
+    steps: NonNegative = 100_000
+    """optimiser steps of Barlow Twins; 0 leaves the network at its random start"""
+    batch: Annotated[int, Field(ge=2)] = 256
+    """images a step, over all workers"""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """peak learning rate of AdamW (linear warm-up, then cosine to 0)"""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    warmup_steps: NonNegative = 1000
+    off_diagonal: Annotated[float, Field(gt=0)] = 0.0051
+    """weight of the redundancy term"""
+    projector: tuple[Positive, ...] = (2048, 2048, 2048)
+    """widths of the projector's layers"""
+    standardise: bool = False
+    """scale each target dimension to mean 0, std 1 over the training part (published runs do not)"""
+    seed: NonNegative = 0
+    workers: Positive = 1
+    """data-parallel training processes; changes rounding only"""
+    checkpoint_every: Positive = 1000
+    probe_every: Positive = 5000
+    """steps between k-NN probes of the features"""
+
+
+class MethodSettings(Settings):
+    """What every distillation method has. A method's own settings are in its file (`methods/`)."""
+
+    m: Positive = 1000
+    """synthetic images"""
+    updates: Annotated[NonNegative, tyro.conf.arg(aliases=("--updates",))] = 0
+    """outer steps; 0 for a method that selects images"""
+    shards: Annotated[Positive, tyro.conf.arg(aliases=("--shards",))] = 1
+    """S, logical shards: parts of an outer step that can be done on different actors"""
+
+    @property
+    def horizon(self) -> int:
+        """Outer steps of the learning rate's schedule."""
+        return max(1, self.updates)
+
+
+class PretrainSettings(Settings):
+    """How a network is trained on a distilled set (METHOD 3). The defaults are KRR-ST's; `recipes.py` has the other published ones.
+
+    The loss is none of these settings: it follows from the labels that the set carries.
+    """
+
+    steps: Positive = 4000
+    """optimiser steps (1000 epochs of 1000 images at batch 256)"""
+    batch: Positive = 256
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """of SGD; AdamW's betas are torch's"""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-3
+    schedule: Literal["constant", "halfway", "cosine"] = "constant"
+    """halfway: a tenth of lr for the second half of the steps; cosine: to 0"""
+    warmup_steps: NonNegative = 0
+    """steps over which lr rises linearly, before the schedule begins"""
+    augment: Literal["none", "dsa"] = "none"
+    """dsa: one operation a batch, other parameters for every image (REFERENCE 4)"""
+
+    def recipe(self, loss: str = "mse") -> dict[str, Any]:
+        """As it is stored with a distilled set; `loss` is for readers without this package."""
+        return {"loss": loss} | self.model_dump()
+
+
+class ProbeSettings(Settings):
+    """A linear classifier on frozen features (METHOD 3)."""
+
+    steps: Positive = 5000
+    batch: Positive = 512
+    lr: Annotated[float, Field(gt=0)] = 0.2
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+
+class EvaluateSettings(Settings):
+    """What a distilled set is worth."""
+
+    datasets: tuple[str, ...] = ()
+    """labelled data sets to probe, by registry name"""
+    few_labels: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.01,)
+    """fractions of the training labels for the few-label probes"""
+    networks: Positive = 5
+    """networks (initial seeds 0, 1, ...) that the held-out ridge loss is averaged over"""
+    every: Positive = 16_000
+    """updates between measurements of the held-out ridge loss while distilling"""
+    pretrain: PretrainSettings = PretrainSettings()
+    probe: ProbeSettings = ProbeSettings()
+
+
+class EngineSettings(Settings):
+    """How the work is laid out on machines. Only `threads` and `precision` change rounding; nothing here
+    changes the algorithm."""
+
+    actors: Annotated[Positive, tyro.conf.arg(aliases=("--actors",))] = 1
+    """G, processes that host the shards (at most `shards` of them)"""
+    threads: Positive = 1
+    """CPU threads of one actor"""
+    gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs of one actor (fractions share one)"""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """arithmetic of the feature extractor; ridge regression is float32 always"""
+    checkpoint_every: Positive = 1000
+    keep: Positive = 3
+    """checkpoints kept"""
+
+
+class Config(Settings):
+    """One run: a preset with whatever was overridden."""
+
+    preset: str
+    """the preset this came from"""
+    seed: NonNegative = 0
+    repeats: Positive = 1
+    """distillation seeds to run: seed, seed + 1, ..."""
+    method: Annotated[str, tyro.conf.Suppress] = DEFAULT_METHOD
+    """how it is distilled: krr_st, or another file of `methods/`"""
+    source: SourceSettings
+    target: TargetSettings = TargetSettings()
+    distill: SerializeAsAny[MethodSettings] = Field(default={}, validate_default=True)
+    """the method's settings"""
+    evaluate: EvaluateSettings = EvaluateSettings()
+    engine: EngineSettings = EngineSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_method(cls, given: Any) -> Any:
+        name = given.get("method", DEFAULT_METHOD) if isinstance(given, dict) else DEFAULT_METHOD
+        if name not in plugins.names():
+            raise ValueError(f"method = {name!r}: no such method; {nearest(str(name), plugins.names())}")
+        return given
+
+    @field_validator("distill", mode="before")
+    @classmethod
+    def _of_the_method(cls, given: Any, found: ValidationInfo) -> Any:
+        settings = plugins.load(found.data["method"]).settings
+        return settings(**given) if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _actors_have_shards(self) -> Config:
+        if self.engine.actors > self.distill.shards:
+            raise ValueError(
+                f"engine.actors = {self.engine.actors} exceeds distill.shards = {self.distill.shards}: an actor "
+                f"hosts at least one shard; take actors <= shards, or raise shards (which changes the result)"
+            )
+        return self
+
+    def trajectory(self) -> dict[str, Any]:
+        """The settings that the sequence of X_s, Y_s depends on, as a flat dict of dotted names.
+
+        What the losses are measured with belongs to it, too. What is left out may change on resume: how many
+        updates, how it is laid out, what is evaluated in the end.
+        """
+        flat = flatten(self.model_dump(mode="json", exclude={"preset": True, "repeats": True, "evaluate": {"probe"}}))
+        harmless = {"distill.updates", "distill.decay_updates", "engine.actors", "engine.gpus", "engine.checkpoint_every", "engine.keep",
+                    "evaluate.datasets", "evaluate.few_labels", "evaluate.every", "target.checkpoint", "target.workers",
+                    "target.checkpoint_every", "target.probe_every"}
+        return {key: value for key, value in flat.items() if key not in harmless}
+
+    def distillation(self) -> dict[str, Any]:
+        """What tells one way to make distilled sets from another, as a flat dict of dotted names: the trajectory's settings and how many
+        updates, but not the seed, the threads (rounding only) or how many networks the held-out loss is measured with.
+        """
+        steps, no_matter = self.distill, {"seed", "engine.threads", "evaluate.networks"}
+        settings = self.trajectory() | {"distill.updates": steps.updates, "distill.decay_updates": steps.horizon}
+        return {key: value for key, value in settings.items() if key not in no_matter}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """' Did you mean X?' for the closest known name, or the list of all."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def preset_names() -> list[str]:
+    """The presets that ship with the package."""
+    return shipped("presets")
+
+
+def shipped(folder: str) -> list[str]:
+    """Names of the YAML files in a folder of the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files(__package__).joinpath(folder).iterdir()
+                  if p.name.endswith(".yaml"))
+
+
+def load_preset(name: str, *, method: str | None = None, **overrides: Any) -> Config:
+    """Read a preset (a name, or the path of a .yaml file), for another method than its own if one is named, and apply overrides given
+    by dotted name.
+
+    Example: `load_preset("cifar100", **{"distill.shards": 4, "seed": 1})`.
+
+    Raises:
+        ConfigError: unknown preset or key (with the nearest name), or a value out of range.
+    """
+    tree = read_yaml(name, "presets") | {"preset": Path(name).stem}
+    tree = _of_method(tree, method or tree.get("method", DEFAULT_METHOD))
+    tree.pop("methods", None)
+    for dotted, value in overrides.items():
+        for part in reversed(dotted.split(".")):
+            value = {part: value}
+        tree = _merge(tree, value)
+    return parse(tree)
+
+
+def parse(tree: dict[str, Any]) -> Config:
+    """Validate a nested dict. Raises ConfigError naming every field that is wrong."""
+    return Config(**tree)
+
+
+def read_yaml(name: str, folder: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The settings in a YAML file and in its bases.
+
+    name: of a file in `folder` ("presets", "grids") of the package, or the path of one; inside a job that was submitted with it, the
+    path need not exist. above: the files that led here. The other files that a user's file names (its `base`, a grid's `preset`) are
+    relative to its folder. Raises ConfigError.
+    """
+    kind = folder.removesuffix("s")
+    if name in above:
+        raise ConfigError(f"{kind} = {above[0]!r}: its bases go in a circle ({' -> '.join([*above, name])}); end it with one that has none")
+    carried = yaml.safe_load(os.environ.get(CARRIED, "{}"))
+    if name in carried:
+        return carried[name]
+    own = is_own_file(name)
+    file = Path(name).expanduser() if own else resources.files(__package__).joinpath(folder, f"{name}.yaml")
+    if not file.is_file():
+        raise ConfigError(f"{kind} = {name!r}: no such {kind}; {nearest(name, shipped(folder))} (your own: a path that ends in .yaml)")
+    try:
+        tree = yaml.safe_load(file.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{kind} = {name!r}: not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{kind} = {name!r}: must be a mapping of settings, as in the {folder} that ship with the package")
+    for key in tree:
+        if not isinstance(key, str):
+            raise ConfigError(f"{kind} = {name!r}: key {key!r} is not text, as YAML reads it; settings have names, put it in quotes if it "
+                              f"is one")
+    if own:
+        tree = _named_beside(tree, name)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{kind} = {name!r}: base = {base!r} must be the name of a {kind}")
+    below = read_yaml(base, folder, (*above, name))
+    return _merge(_of_method(below, tree["method"]) if "method" in tree else below, tree)
+
+
+def _of_method(tree: dict[str, Any], method: Any) -> dict[str, Any]:
+    """A preset's settings with `method` instead of its own: of `distill` m alone stays, the rest is what `methods` has for it."""
+    if method == tree.get("method", DEFAULT_METHOD):
+        return tree
+    shared = {key: value for key, value in (tree.get("distill") or {}).items() if key == "m"}
+    return tree | {"method": method, "distill": _merge(shared, (tree.get("methods") or {}).get(method) or {})}
+
+
+def is_own_file(name: str) -> bool:
+    """Is it the path of a user's YAML file, and not the name of one that ships with the package?"""
+    return name.endswith(".yaml")
+
+
+def _named_beside(tree: Any, name: str) -> Any:
+    """What the file `name` holds, with the paths of other YAML files in it, which are relative to its folder, from where `name` starts."""
+    folder = os.path.dirname(os.path.expanduser(name))
+    if isinstance(tree, list):
+        return [_named_beside(value, name) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {key: os.path.normpath(os.path.join(folder, os.path.expanduser(value)))
+            if key in ("base", "preset") and isinstance(value, str) and is_own_file(value) else _named_beside(value, name)
+            for key, value in tree.items()}
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both_trees = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both_trees else value
+    return merged
+
+
+def _explain(error: Any, group: type[Settings]) -> str:
+    """What is wrong with one field of a group: field, value, rule, remedy."""
+    field = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"{field}: no such setting; {nearest(field, list(group.model_fields))}"
+    if error["type"] == "missing":
+        return f"{field}: missing; give it a value"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":  # a rule over several fields, or a group's own lines, which begin with their field
+        return "\n".join(f"{field}.{line}" if field else line for line in message.splitlines())
+    return f"{field} = {error['input']!r}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,88 @@
+"""Pre-training: a fresh network trained on a small set of (image, label) pairs.
+
+What a distilled set is for. The set says by itself how it is trained on: the kind of its labels gives the loss and the
+head, its recipe the rest. Everything is in memory; knows no data set and no method.
+
+Letters: m images [C, H, W], k target dimensions (or classes), d features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from krrst_dist import networks, seeds
+from krrst_dist.artifacts import DistilledSet
+from krrst_dist.augment.diff_augment import diff_augment
+from krrst_dist.config import NetworkSettings, PretrainSettings
+from krrst_dist.evaluation.training import Loss, Watch, optimizer_of, shuffled_batches, train
+from krrst_dist.networks import Headed, Network
+
+
+def soft_label_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Half the squared error, summed over the classes, averaged over the images (REFERENCE 4). outputs, labels: [b, c]."""
+    return (outputs - labels).square().sum(1).mean() / 2
+
+
+LOSSES: dict[str, Loss] = {"features": F.mse_loss, "soft": soft_label_loss, "class": F.cross_entropy}
+"""by the kind of a set's labels"""
+
+
+def fresh(settings: NetworkSettings, *, resolution: int, channels: int, outputs: int, seed: int) -> Headed:
+    """The untrained network, with a linear head, that `pretrain` starts from.
+
+    The network's weights depend on the settings and the seed alone, not on `outputs`.
+    Raises ConfigError for an unknown network, or a resolution it cannot take.
+    """
+    with seeds.seeded(seed, "pretrain weights"):
+        network = networks.build(settings.name, resolution=resolution, channels=channels, **settings.options())
+        return networks.with_head(network, outputs)
+
+
+def pretrain_on(distilled: DistilledSet, settings: NetworkSettings, recipe: PretrainSettings, *, seed: int,
+                device: torch.device | str = "cpu", watch: Watch | None = None) -> Network:
+    """`pretrain` on a distilled set, with the loss that its labels ask for."""
+    return pretrain(settings, torch.tensor(distilled.x_syn), torch.tensor(distilled.y_syn), recipe, seed=seed, device=device,
+                    loss=LOSSES[distilled.label_kind], outputs=head_width(distilled), watch=watch)
+
+
+def head_width(distilled: DistilledSet) -> int:
+    """Outputs of the head that is trained on the set: k, or the number of classes."""
+    if distilled.label_kind != "class":
+        return distilled.y_syn.shape[1]
+    return max(int(distilled.y_syn.max()) + 1, len(distilled.class_names or ()))
+
+
+def pretrain(settings: NetworkSettings, x: Tensor, y: Tensor, recipe: PretrainSettings, *, seed: int,
+             device: torch.device | str = "cpu", loss: Loss = F.mse_loss, outputs: int | None = None,
+             watch: Watch | None = None) -> Network:
+    """Train a fresh network on (X_s, Y_s) for `recipe.steps` optimiser steps (METHOD 3).
+
+    x: [m, C, H, W] float32, used as it is (DESIGN, Spaces). y: [m, k] float32, or what `loss` takes.
+    outputs: width of the head; default k. Returns the network without its head, on `device`, in eval mode; the
+    same for the same arguments, on one kind of processor.
+    Raises ConfigError for a network that does not fit, ValueError where x and y differ in number, DivergedError where
+    `watch` is given and the loss is not finite.
+    """
+    if len(x) != len(y):
+        raise ValueError(f"x holds {len(x)} images but y {len(y)} targets: pre-training takes one target an image; "
+                         f"give both from the same distilled set")
+    _, channels, _, resolution = x.shape
+    model = fresh(settings, resolution=resolution, channels=channels, outputs=outputs or y.shape[1], seed=seed)
+    model = model.to(device, memory_format=torch.channels_last)
+    x = x.to(device, memory_format=torch.channels_last)
+    batches = shuffled_batches(x, y.to(device), batch=recipe.batch, seed=seed)
+    if recipe.augment == "dsa":
+        batches = augmented(batches, seed=seed)
+    train(model, islice(batches, recipe.steps), loss, *optimizer_of(model, recipe), watch=watch)
+    return model.network.eval()
+
+
+def augmented(batches: Iterator[tuple[Tensor, Tensor]], *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches with DSA's augmentation: one operation a batch, other parameters for every image."""
+    for step, (x, y) in enumerate(batches):
+        yield diff_augment(x, seed=seeds.derive(seed, "training augmentation", step)), y

@@ -1,0 +1,80 @@
+"""The source that a method distils: its images, with their classes or target representations where it has them.
+
+Knows files; no method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from krrst_dist import seeds
+from krrst_dist.artifacts import Space
+from krrst_dist.config import Config
+from krrst_dist.data.normalise import normalise
+from krrst_dist.data.prepared import Prepared, held_out_split
+from krrst_dist.data.reader import read_all
+from krrst_dist.data.targets import TargetFile
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images, split into a training and a held-out part; `targets` for methods that need them."""
+
+    prepared: Prepared
+    targets: TargetFile | None
+    training: np.ndarray  # int64 [n - h], places in the beton
+    held_out: np.ndarray  # int64 [h]
+
+    @classmethod
+    def open(cls, config: Config, beton: Path, targets: Path | None) -> Source:
+        """Open a prepared data set and, if there is one, its target side file. Raises DataError."""
+        prepared = Prepared.open(beton)
+        training, held_out = held_out_split(prepared.count, config.source.held_out, config.source.split_seed)
+        return cls(prepared, targets and TargetFile.open(targets, prepared), training, held_out)
+
+    def images(self, indices: np.ndarray) -> Tensor:
+        """Normalised images [n, C, H, W] float32 at these places."""
+        return normalise(read_all(self.prepared, indices)[0], self.prepared.mean, self.prepared.std)
+
+    @property
+    def space(self) -> Space:
+        """The normalised space that its images live in."""
+        return Space("normalised", self.prepared.mean, self.prepared.std)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Of a labelled source."""
+        return self.prepared.class_names or None
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Of every training image, int64 [n - h]."""
+        return self._in_memory[1]
+
+    @cached_property
+    def classes(self) -> tuple[np.ndarray, ...]:
+        """The places of each class's training images within the training part, int64; empty for a source without labels."""
+        if not self.prepared.labelled:
+            return ()
+        return tuple(np.flatnonzero(self.labels == label) for label in range(len(self.prepared.class_names)))
+
+    def training_images(self, rows: np.ndarray) -> Tensor:
+        """Normalised images [n, C, H, W] float32 of the training part, by their place in it. All of them are then kept, as bytes."""
+        pixels = self._in_memory[0][torch.from_numpy(np.asarray(rows))]
+        return normalise(pixels, self.prepared.mean, self.prepared.std)
+
+    def some_of_class(self, label: int, count: int, *, seed: int, purpose: str, step: int) -> Tensor:
+        """`count` different training images of a class, normalised [count, C, H, W]; all of them, where there are fewer."""
+        members = self.classes[label]
+        chosen = seeds.numpy_rng(seed, purpose, label, step).permutation(len(members))[:count]
+        return self.training_images(members[chosen])
+
+    @cached_property
+    def _in_memory(self) -> tuple[Tensor, np.ndarray]:
+        return read_all(self.prepared, self.training)

@@ -1,0 +1,327 @@
+"""The distributed loop: Algorithm 1 with its shards on actors, its state on storage, and deaths in between.
+
+The same steps as `algorithm.distill`, bit for bit on CPUs: who hosts a shard changes the time only. Lives in the job's
+driver process. Does not know which method it runs nor what a shard is made of (`Work` says how), how contributions are
+summed (`aggregate.py`), how actors are called (`group.py`) or what a checkpoint looks like (`checkpoint.py`).
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import ray
+import torch
+from torch import Tensor
+
+from krrst_dist import storage
+from krrst_dist.algorithm import Contribution, DivergedError, Outer
+from krrst_dist.artifacts import ArtifactError
+from krrst_dist.config import Config, ConfigError
+from krrst_dist.on_ray.aggregate import Aggregator, ObjectStoreAggregator
+from krrst_dist.on_ray.checkpoint import Checkpoint, Facts
+from krrst_dist.on_ray.cluster import ClusterError, Rooms
+from krrst_dist.on_ray.errors import EngineError, LostActor
+from krrst_dist.on_ray.group import START, WorkerGroup
+from krrst_dist.on_ray.progress import ProgressLine, Record, curve, read_history
+from krrst_dist.on_ray.resume import check_resume, checkpoints_of, facts, nothing_readable
+from krrst_dist.on_ray.worker import Build, Do, Host, Measure
+from krrst_dist.provenance import code_fingerprint
+
+PAUSES = (1.0, 10.0, 30.0)  # seconds before each new try after failures in a row without a new checkpoint; then the run stops
+REPLACE = 300.0  # seconds that a cluster has to replace a host that was lost
+INTERRUPTED = 130  # exit status after Ctrl-C
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run comes to: what is learned (X_s [m, C, H, W], Y_s [m, k]) after `updates` updates, and the losses on the way.
+
+    outer: (step, loss) of each update, counted from 1; held_out: (step, held-out ridge loss).
+    """
+
+    values: tuple[Tensor, ...]
+    updates: int
+    outer: list[tuple[int, float]]
+    held_out: list[tuple[int, float]]
+
+    @classmethod
+    def of(cls, outer: Outer, directory: str) -> Outcome:
+        """From the optimiser's end state and the run's table."""
+        history = read_history(directory)
+        return cls(outer.values, outer.steps, curve(history, "loss"), curve(history, "held_out"))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a method gives the engine to do. All but `outer` and `combine` is called in the actors, and picklable.
+
+    outer: horizon of the learning rate's schedule -> the learned tensors at their start. build: shard index -> shard. combine: how the
+    shards' contributions make one. chores, do: what has to be computed once before shards can be built, and how. measure: (network
+    index, values, alive) -> held-out ridge loss; None: not measured. warm_up: signs of life that the shards' warm-up gives, about.
+    """
+
+    outer: Callable[[int], Outer]
+    build: Build
+    combine: Callable[[Sequence[Contribution]], Contribution]
+    chores: Sequence[str] = ()
+    do: Do | None = None
+    measure: Measure | None = None
+    warm_up: int = 0
+
+
+class Coordinator:
+    """One run, in the folder or URI `directory` (checkpoints/, tensorboard/, history.parquet).
+
+    config: `distill`, `engine` and `evaluate` are used, and `trajectory()` is what a resumed run must have in common.
+    data: fingerprints of what the shards read, by name; a resumed run must have them in common, too.
+    resume: go on from the last checkpoint, if there is one. name: put before every line printed.
+    stop: an event that ends the run like Ctrl-C; for a run in another thread than the main one, which signals do not reach.
+    rooms: where its actors' room comes from, shared with other runs of the same job; default: its own.
+    """
+
+    def __init__(self, config: Config, work: Work, *, directory: str, data: Mapping[str, str] | None = None, resume: bool = False,
+                 name: str = "", stop: threading.Event | None = None, rooms: Rooms | None = None) -> None:
+        self._config, self._work = config, work
+        self._data = data or {}
+        self._directory, self._resume, self._stop = directory, resume, stop or threading.Event()
+        self._rooms = rooms or Rooms(config.engine.threads, config.engine.gpus, config.engine.actors)
+        self._prefix = f"{name}: " if name else ""
+        self._checkpoints = checkpoints_of(config, directory)
+        self._horizon = config.distill.horizon
+        self._last: str | None = None  # the last good checkpoint
+        self._saved = 0  # checkpoints written by this process
+
+    def run(self) -> Outcome:
+        """Do the updates that are left.
+
+        Raises ConfigError for a run that is there already or does not fit, ClusterError when there is no room for its actors, EngineError
+        when machines fail, and whatever a shard raises (ValueError, DivergedError, RidgeError, ...) with the last good checkpoint named.
+        Ctrl-C and SIGTERM end the process with status 130; the last checkpoint stays.
+        """
+        with sigterm_as_interrupt():
+            try:
+                return self._finished() or self._despite_failures()
+            except KeyboardInterrupt:
+                self._say(f"stopped; {self._how_to_go_on()}")
+                raise SystemExit(INTERRUPTED) from None
+
+    def _finished(self) -> Outcome | None:
+        """Before anything is started or written: may this run go on from what is there? Returns its end if it is all there."""
+        newest, updates = check_resume(self._config, self._directory, resume=self._resume, data=self._data), self._config.distill.updates
+        if newest is None:
+            storage.check_writable(self._directory)
+            return None
+        self._last, self._horizon = newest.uri, newest.facts.decay_updates
+        if self._horizon != updates:
+            self._say(f"the learning rate falls over {self._horizon} updates, as the run was started, and then stays at its floor")
+        if (newest.facts.cpu_capability is None) != (self._facts().cpu_capability is None):
+            self._say("a run that was begun on CPUs goes on on GPUs, or the other way round: its rounding will differ")
+        if newest.facts.torch != torch.__version__:
+            self._say(f"torch {torch.__version__} goes on with what torch {newest.facts.torch} began: its rounding may differ")
+        if newest.step == updates:
+            return self._end(newest)
+        storage.check_writable(self._directory)
+        return None
+
+    def _end(self, checkpoint: Checkpoint) -> Outcome | None:
+        outer = self._work.outer(self._horizon)
+        try:
+            outer.load_state_dict(checkpoint.read_outer())
+        except ArtifactError:
+            return None  # the last updates will be done again
+        outcome = Outcome.of(outer, self._directory)
+        if self._work.measure is not None and not {0, outer.steps} <= {step for step, _ in outcome.held_out}:
+            return None  # the run's table is gone: what it ends with is measured again
+        self._say(f"the run in {self._directory} is finished: all {outer.steps} updates are done")
+        return outcome
+
+    def _despite_failures(self) -> Outcome:
+        failures, saved = 0, -1
+        while True:
+            try:
+                return self._attempt(first=failures == 0)
+            except ClusterError as error:
+                if self._last is not None:
+                    error.args = (f"{error}; {self._how_to_go_on()}",)
+                raise
+            except LostActor as lost:
+                failures = failures + 1 if self._saved == saved else 1
+                saved = self._saved
+                if failures > len(PAUSES):
+                    raise EngineError(f"{lost}; that is {failures} failures in a row without a new checkpoint, so the run stops. If memory "
+                                      f"ran out, set distill.chunk_size lower or use more hosts; {self._how_to_go_on()}") from lost
+                self._say(f"{lost}; fresh actors go on from {self._last or 'the beginning'}")
+                if self._stop.wait(PAUSES[failures - 1]):
+                    raise KeyboardInterrupt from None
+
+    def _attempt(self, *, first: bool) -> Outcome:
+        """All updates that are left, with one set of actors."""
+        config = self._config
+        patience = 0 if first else REPLACE
+        with self._rooms.take(stop=self._stop, patience=patience, say=self._say) as room, WorkerGroup(
+                shards=config.distill.shards, actors=config.engine.actors, threads=config.engine.threads, gpus=config.engine.gpus,
+                stop=self._stop, room=room, say=self._say) as group:
+            self._checkpoints.claim()
+            try:
+                hosts = group.start()
+                self._require_one_kind(hosts)
+                self._do_chores(group)
+                group.build(self._work.build, self._work.measure)
+            except LostActor as lost:
+                if not first:
+                    raise
+                raise EngineError(f"{lost}, while it started; see the lines above, and `krrst doctor`. If memory ran out, lower "
+                                  f"engine.actors or distill.pool.size") from lost
+            outer, restored = self._restore(group)
+            record = Record(self._directory, start=outer.steps if restored else None)
+            try:
+                return self._loop(group, outer, record, restored=restored)
+            except ArithmeticError as error:
+                error.args = (f"{error}; {self._how_to_begin_anew()}",)
+                raise
+            except ValueError as error:
+                error.args = (f"{error}; {self._how_to_go_on()}",)
+                raise
+            finally:
+                record.close()
+
+    def _loop(self, group: WorkerGroup, outer: Outer, record: Record, *, restored: bool) -> Outcome:
+        updates, every = self._config.distill.updates, self._config.evaluate.every
+        aggregator = ObjectStoreAggregator(group, outer, self._work.combine)
+        if not restored:
+            self._warm_up(group, aggregator)
+            self._save(group, aggregator, record, step=0)
+        if outer.steps == 0:
+            self._measure_held_out(group, aggregator.shared, record, step=0)
+        line = ProgressLine(f"{self._prefix}update", updates, start=outer.steps)
+        try:
+            for step in range(outer.steps, updates):
+                lr = outer.lr
+                update = aggregator.update(step)
+                done = step + 1
+                record.update(done, update, lr=lr)
+                line.show(done, f"loss {update.contribution.loss:.4g}" + (f"  held-out {record.held_out:.4g}" if record.held_out else ""))
+                if done % every == 0 or done == updates:
+                    self._measure_held_out(group, aggregator.shared, record, step=done)
+                if done % self._config.engine.checkpoint_every == 0 or done == updates:
+                    self._save(group, aggregator, record, step=done)
+        finally:
+            line.close()
+        self._measure_held_out(group, aggregator.shared, record, step=updates)
+        record.save()
+        return Outcome.of(outer, self._directory)
+
+    def _warm_up(self, group: WorkerGroup, aggregator: Aggregator) -> None:
+        if not self._work.warm_up:
+            return
+        self._say(f"warming up: about {self._work.warm_up} training steps")
+        line = ProgressLine(f"{self._prefix}warm-up", self._work.warm_up)
+        try:
+            group.everywhere("warm_up", *aggregator.shared, silence=START, on_pulse=line.show)
+        finally:
+            line.close()
+
+    def _do_chores(self, group: WorkerGroup) -> None:
+        if not self._work.chores:
+            return
+        self._say(f"computing {len(self._work.chores)} things that the method needs first: {self._work.chores[0]}, ...")
+        line = ProgressLine(f"{self._prefix}before the first update", len(self._work.chores))
+        try:
+            group.spread("do", self._work.chores, self._work.do, silence=START, on_answer=line.show)
+        finally:
+            line.close()
+
+    def _measure_held_out(self, group: WorkerGroup, shared: tuple[ray.ObjectRef, ...], record: Record, *, step: int) -> None:
+        """The held-out loss of (X_s, Y_s) after `step` updates, unless it is known already."""
+        if self._work.measure is None or record.knows_held_out(step):
+            return
+        try:
+            losses = group.spread("measure", range(self._config.evaluate.networks), *shared, silence=START)
+        except DivergedError as error:
+            lr = self._config.evaluate.pretrain.lr
+            raise DivergedError(f"update {step}: {error}; evaluate.pretrain.lr = {lr:g} is too high, take a lower one") from None
+        record.measured(step, sum(losses) / len(losses))
+        self._say(f"update {step}: held-out ridge loss {record.held_out:.4g}")
+
+    def _save(self, group: WorkerGroup, aggregator: Aggregator, record: Record, *, step: int) -> None:
+        state = aggregator.state_dict()
+        if not all(value.isfinite().all() for value in state.values()):
+            rates = [f"distill.{name} = {value:g}" for name, value in self._config.distill if name.startswith("lr")]
+            raise DivergedError(f"after {step} updates X_s, what is learned beside it, or their optimiser's moments are not finite; "
+                                f"{' or '.join(rates)} is too high")
+        try:
+            answers = group.everywhere("save", self._checkpoints.folder(step), *aggregator.shared, silence=START)
+            record.save()
+            shards = sorted((saved for answer in answers for saved in answer), key=lambda saved: saved.shard)
+            self._last = self._checkpoints.finish(step, state, shards, self._facts())
+            self._saved += 1
+        except (storage.StorageError, DivergedError):
+            with suppress(EngineError):
+                group.everywhere("host", silence=START)  # answered when the others have written their part
+            self._checkpoints.discard(step)
+            raise
+
+    def _restore(self, group: WorkerGroup) -> tuple[Outer, bool]:
+        """The outer optimiser, and with it all shards, where the newest undamaged checkpoint has them; or at the beginning."""
+        outer, names = self._work.outer(self._horizon), self._checkpoints.whole()
+        for name in names:
+            try:
+                checkpoint = self._checkpoints.read(name)
+                state = checkpoint.read_outer()
+                group.everywhere("restore", checkpoint.uri, checkpoint.shards, silence=START)
+            except ArtifactError as error:
+                self._say(f"damaged checkpoint: {error}; falling back to the one before it")
+                continue
+            outer.load_state_dict(state)
+            self._last = checkpoint.uri
+            return outer, True
+        if names:
+            raise nothing_readable(self._checkpoints, names)
+        return outer, False
+
+    def _facts(self) -> Facts:
+        return facts(self._config, self._data, horizon=self._horizon)
+
+    def _require_one_kind(self, hosts: list[Host]) -> None:
+        """Raises ConfigError when actors run other code, or CPUs that would round differently take part in a run on CPUs."""
+        strangers = sorted({host.name for host in hosts if host.code != code_fingerprint()})
+        if strangers:
+            raise ConfigError(f"actors on {', '.join(strangers)} imported another krrst_dist than the one this run was started with: "
+                              f"remove the installed copy there, or set it up again from the same commit")
+        mine = self._facts().cpu_capability
+        others = sorted({f"{host.name}: {host.cpu_capability}" for host in hosts if host.cpu_capability != mine})
+        if mine and others:
+            raise ConfigError(f"the driver's CPU has {mine}, but {', '.join(others)}; they round differently, so the result would depend "
+                              f"on who computes what. Use hosts of one kind, or set ATEN_CPU_CAPABILITY=avx2 for the job")
+
+    def _how_to_go_on(self) -> str:
+        if self._last is None:
+            return "there is no checkpoint yet, start it again"
+        return f"the last good checkpoint is {self._last}, go on with --resume"
+
+    def _how_to_begin_anew(self) -> str:
+        """After an end that lies in the numbers: the same steps would lead there again."""
+        if self._last is None:
+            return "there is no checkpoint yet: change that and start it again"
+        return (f"the last good checkpoint is {self._last}, but going on from it with --resume would take the same steps to the same end, "
+                f"and with that changed it would be another run: start one with another --out")
+
+    def _say(self, line: str) -> None:
+        print(f"{self._prefix}{line}", flush=True)
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM (`ray job stop`) do what Ctrl-C does, where Python allows it: in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

@@ -1,0 +1,15 @@
+"""What can go wrong with a run because of the machines it is on; each says what was lost and what to do."""
+
+from __future__ import annotations
+
+
+class EngineError(RuntimeError):
+    """The run cannot go on, for a reason that lies in the machines."""
+
+
+class LostActor(EngineError):
+    """An actor died, or was silent for too long: worth another try with fresh actors."""
+
+
+class TakenOverError(EngineError):
+    """Another process goes on with this run: this one must not write any more."""

@@ -1,0 +1,162 @@
+"""The actors of a run as one thing: start them, call them all, notice when one is gone, stop them.
+
+Owns every wait: none is without a deadline, and a wait that fails says which actor was silent. Knows nothing of the
+algorithm. An actor's death is `LostActor` (worth another try with fresh actors); an exception raised by our own code in
+an actor arrives as itself.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ray
+from ray import exceptions
+from ray.util.placement_group import PlacementGroup, placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from krrst_dist.on_ray.errors import EngineError, LostActor
+from krrst_dist.on_ray.worker import Build, Host, Measure, Worker
+
+START = 1800.0
+"""seconds of silence allowed to an actor that starts, warms up, saves, restores or measures"""
+STEP = 300.0
+"""seconds of silence allowed in a meta-update, or 20 of the slowest one so far"""
+_PULSE = 5.0  # seconds between signs of life
+_SAY = 30.0  # seconds between the lines of a start that takes long
+_LOST = (exceptions.RayActorError, exceptions.GetTimeoutError, exceptions.ObjectLostError, exceptions.NodeDiedError,
+         exceptions.OutOfMemoryError, exceptions.WorkerCrashedError)
+PINNED = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  # what makes CPUs of several kinds round alike
+
+
+class WorkerGroup:
+    """G actors that host S shards, shard s on actor s mod G. Use as a context manager: the actors end with the block.
+
+    threads: CPU threads, and CPUs asked of Ray, an actor; gpus: GPUs an actor. stop: when set (by another thread), waits
+    end in KeyboardInterrupt. room: where the actors go, one to a bundle (`cluster.Rooms`); None: wherever Ray finds room, and waits for
+    it. say: told what a start that takes long is waiting for.
+    """
+
+    def __init__(self, *, shards: int, actors: int, threads: int, gpus: float = 0, stop: threading.Event | None = None,
+                 room: PlacementGroup | None = None, say: Callable[[str], None] | None = None) -> None:
+        self.actors, self._threads, self._stop = actors, threads, stop or threading.Event()
+        self._room, self._say = room, say or (lambda line: None)
+        self._shards = [range(g, shards, actors) for g in range(actors)]
+        self._hosts: list[Host] = []
+        pinned = {name: os.environ[name] for name in PINNED if name in os.environ}
+        actor = ray.remote(concurrency_groups={"pulse": 1})(Worker)
+        options = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "runtime_env": {"env_vars": pinned} if pinned else None}
+        places = [{} if room is None else {"scheduling_strategy": PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=g)}
+                  for g in range(actors)]
+        self._workers = [actor.options(**options, **place).remote() for place in places]
+
+    def __enter__(self) -> WorkerGroup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            ray.kill(worker, no_restart=True)
+
+    def start(self) -> list[Host]:
+        """Wait for the actors. Returns where they live."""
+        calls = [(g, worker.host.remote()) for g, worker in enumerate(self._workers)]
+        self._hosts = self.gather(calls, silence=START, starting="to start")
+        self.everywhere("prepare", self._threads, silence=START)
+        return self._hosts
+
+    def build(self, build: Build, measure: Measure | None = None) -> None:
+        """Let the actors build their shards."""
+        calls = [(g, worker.build.remote(build, shards, measure))
+                 for g, (worker, shards) in enumerate(zip(self._workers, self._shards, strict=True))]
+        self.gather(calls, silence=START, starting="to open its data and make its models")
+
+    def everywhere(self, method: str, *arguments: Any, silence: float, on_pulse: Callable[[int], None] | None = None) -> list[Any]:
+        """Call a method on all actors; their answers in actor order."""
+        calls = [(g, getattr(worker, method).remote(*arguments)) for g, worker in enumerate(self._workers)]
+        return self.gather(calls, silence=silence, on_pulse=on_pulse)
+
+    def spread(self, method: str, items: Sequence[Any], *arguments: Any, silence: float,
+               on_answer: Callable[[int], None] | None = None) -> list[Any]:
+        """Call a method once an item, the items dealt out to the actors; the answers in item order."""
+        dealt = [(i % self.actors, item) for i, item in enumerate(items)]
+        calls = [(g, getattr(self._workers[g], method).remote(item, *arguments)) for g, item in dealt]
+        return self.gather(calls, silence=silence, on_answer=on_answer)
+
+    def gather(self, calls: Sequence[tuple[int, ray.ObjectRef]], *, silence: float, on_pulse: Callable[[int], None] | None = None,
+               on_answer: Callable[[int], None] | None = None, starting: str | None = None) -> list[Any]:
+        """Wait for calls given as (actor, reference).
+
+        silence: seconds in which either an answer or a sign of life must come.
+        on_pulse: told now and then how many signs of life all actors have given. on_answer: told how many calls are answered.
+        starting: what an actor that has just been made is to do; said where it takes long.
+        """
+        answers: dict[ray.ObjectRef, Any] = {}
+        pending = {reference: actor for actor, reference in calls}
+        last_sign = last_pulse = said = time.monotonic()
+        steps = 0
+        while pending:
+            ready, _ = ray.wait(list(pending), timeout=1.0)
+            now = time.monotonic()
+            if self._stop.is_set():
+                raise KeyboardInterrupt
+            for reference in ready:
+                answers[reference] = self._get(reference, pending.pop(reference), silence)
+                last_sign = now
+            if ready and on_answer:
+                on_answer(len(answers))
+            if ready or now - last_pulse < min(_PULSE, silence):
+                continue
+            if starting and now - said >= _SAY:
+                said = now
+                self._require_room(min(pending.values()))
+                self._say(f"waiting for {self._describe(min(pending.values()))} {starting}")
+            before, steps, last_pulse = steps, self._pulse(), now
+            if steps > before:
+                last_sign = now
+                if on_pulse:
+                    on_pulse(steps)
+            elif now - last_sign >= silence:
+                raise LostActor(f"{self._describe(min(pending.values()))} gave no sign of life for {silence:.0f} s")
+        return [answers[reference] for _, reference in calls]
+
+    def _get(self, reference: ray.ObjectRef, actor: int, timeout: float) -> Any:
+        try:
+            return ray.get(reference, timeout=timeout)
+        except exceptions.RayTaskError as error:
+            if isinstance(error.cause, exceptions.RayError):
+                raise EngineError(f"{self._describe(actor)} could not take its work: {_last_line(error)}") from error
+            raise error.cause from error
+        except _LOST as error:
+            raise LostActor(f"{self._describe(actor)} was lost: {_last_line(error)}") from error
+
+    def _require_room(self, actor: int) -> None:
+        """Raise LostActor when the actors' room has gone with a host."""
+        if self._room is not None and placement_group_table(self._room).get("state") != "CREATED":
+            raise LostActor(f"{self._describe(actor)} has lost its host before it started")
+
+    def _pulse(self) -> int:
+        """Signs of life so far over the actors that answer at once."""
+        pulses = [worker.pulse.remote() for worker in self._workers]
+        ready, _ = ray.wait(pulses, num_returns=len(pulses), timeout=1.0)
+        return sum(self._quietly(ready))
+
+    @staticmethod
+    def _quietly(references: Sequence[ray.ObjectRef]) -> Iterator[int]:
+        for reference in references:
+            try:
+                yield ray.get(reference, timeout=1.0)
+            except exceptions.RayError:  # the call that is waited for will say so
+                yield 0
+
+    def _describe(self, actor: int) -> str:
+        host = f" on {self._hosts[actor].name} (process {self._hosts[actor].pid})" if self._hosts else ""
+        return f"actor {actor} with shard(s) {', '.join(map(str, self._shards[actor]))}{host}"
+
+
+def _last_line(error: Exception) -> str:
+    """What matters of Ray's many lines: the exception that ended a start, or the reason it gives for a death."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

@@ -1,0 +1,52 @@
+"""Where a grid's or a run's files are, and betons of the data sets that it reads: made once, found by all nodes.
+
+Knows folders and URIs; not what is done with the images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from krrst_dist import paths, storage
+from krrst_dist.config import Config, ConfigError
+from krrst_dist.data.cache import Cache
+from krrst_dist.data.prepare import prepare
+from krrst_dist.data.prepared import Prepared
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run reads and writes."""
+
+    data: Path
+    out: str
+    cache: Cache
+
+    @classmethod
+    def of(cls, where: str, *, data: str | None, cache: str | None) -> Places:
+        """Defaults filled in, paths absolute; where: the output directory. A remote one also carries prepared files from node to node."""
+        parent = where.rstrip("/").rpartition("/")[0]
+        local = storage.local_path(where)
+        if cache is not None and paths.is_uri(cache):
+            raise ConfigError(f"--cache = {cache!r}: prepared files are mapped into memory, so this is a folder on this machine's disk; a "
+                              f"storage URI is for --out")
+        if cache is not None:
+            folder = Path(paths.resolve(cache, name="--cache"))
+        else:
+            folder = local.parent / "cache" if local else Path("~/.cache/krrst_dist").expanduser()
+        remote = None if local and "://" not in where else storage.join(parent, "cache")
+        return cls(paths.data_directory(data), where, Cache(folder, remote))
+
+
+def prepared_source(config: Config, places: Places) -> Prepared:
+    """The beton of a run's source."""
+    return prepared_split(config.source.dataset, "train", places, resolution=config.source.resolution, resize=config.source.resize)
+
+
+def prepared_split(name: str, split: Literal["train", "test"], places: Places, **how: Any) -> Prepared:
+    """One split's beton, put where the other nodes get it from. how: the settings of `prepare`."""
+    prepared = prepare(name, split, root=places.data, directory=places.cache.local, **how)
+    places.cache.publish(prepared.path, prepared.sidecar)
+    return prepared

@@ -1,0 +1,58 @@
+"""The target stage: a trained g_phi, and its representations of every image beside the beton."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ray
+import torch
+from torch import Tensor
+
+from krrst_dist.config import Config
+from krrst_dist.data.cache import Cache
+from krrst_dist.data.normalise import normalise
+from krrst_dist.data.prepared import Prepared, held_out_split
+from krrst_dist.data.targets import write_targets
+from krrst_dist.evaluation.target_model import load_target, target_fingerprint
+from krrst_dist.on_ray import assembly, cluster
+from krrst_dist.on_ray.target_training import train_target
+
+
+def compute(config: Config, source: Prepared, cache: Cache, *, wait: bool) -> Path:
+    """Train the target model (or take what is there), compute its side file, and return that file's path."""
+    model = train_target(config, source, cache, wait=wait)
+    fingerprint = target_fingerprint(load_target(model, resolution=source.resolution))
+    standard = f"-standardised-{config.source.held_out}-{config.source.split_seed}" if config.target.standardise else ""
+    views = f"{views_of(config)}-views" + (f"-{config.source.split_seed}" if views_of(config) else "")
+    path = source.path.with_name(f"{source.path.stem}-targets-{fingerprint}-{views}{standard}.npy")
+    sidecar = path.with_name(path.name + ".json")
+    if cache.holds(path, sidecar):
+        print(f"target representations: already there, {path}", flush=True)
+    else:
+        cluster.require(config.engine.threads, config.engine.gpus, 1, wait)
+        task = ray.remote(_represent).options(num_cpus=config.engine.threads, num_gpus=config.engine.gpus)
+        cluster.answer(task.remote(config, cache, source.path, model, fingerprint, path))
+    cache.fetch(path, sidecar)
+    return path
+
+
+def views_of(config: Config) -> int:
+    """Stored views of each real image; only methods that augment them have some."""
+    return getattr(config.distill, "views", 0)
+
+
+def _represent(config: Config, cache: Cache, beton: Path, model: str, fingerprint: str, path: Path) -> None:
+    """Compute the side file on whichever node this task runs on."""
+    torch.set_num_threads(config.engine.threads)
+    cache.fetch(beton, beton.with_suffix(".json"))
+    prepared = Prepared.open(beton)
+    device = assembly.device(config.engine)
+    network = load_target(model, resolution=prepared.resolution).to(device, memory_format=torch.channels_last)
+
+    def represent(images: Tensor) -> Tensor:
+        return network(normalise(images.to(device, memory_format=torch.channels_last), prepared.mean, prepared.std))
+
+    training, _ = held_out_split(prepared.count, config.source.held_out, config.source.split_seed)
+    write_targets(path, prepared, represent, target_fingerprint=fingerprint, views=views_of(config), view_seed=config.source.split_seed,
+                  statistics_over=training if config.target.standardise else None, threads=config.engine.threads)
+    cache.publish(path, path.with_name(path.name + ".json"))

@@ -1,0 +1,244 @@
+"""The paper's tables from the long table of results: which runs stand in which place, and what they say together.
+
+A table has one task, source, resolution, share of labels, metric and architecture; methods are its rows, targets its
+columns. Task kd has architectures as columns, fid sources. A method without a distilled set (from scratch, Gaussian
+noise) does not depend on the source and stands in every table that it fits. Numbers are kept as stored; how they are
+written is `render.py`'s business.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import sqrt
+from statistics import fmean, pstdev, stdev
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from krrst_dist.config import flatten, nearest
+from krrst_dist.results import layout
+from krrst_dist.results.layout import Subject
+from krrst_dist.results.schema import NO_METRIC, UNKNOWN, ResultsError
+
+Over = Literal["evaluation", "distillation"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One place of a table: the numbers of a method's runs in a column, and how many other runs have none.
+
+    mixed: why the runs do not belong together, '' if they do. Mixed runs are never averaged.
+    """
+
+    values: tuple[float, ...] = ()
+    diverged: int = 0
+    failed: int = 0
+    mixed: str = ""
+    seeds: tuple[Any, ...] = ()
+    """of each value, by which methods are paired"""
+
+    @property
+    def state(self) -> Literal["mixed", "ok", "diverged", "failed", "missing"]:
+        return "mixed" if self.mixed else "ok" if self.values else "diverged" if self.diverged else "failed" if self.failed else "missing"
+
+    @property
+    def n(self) -> int:
+        """Runs behind the mean."""
+        return len(self.values) if not self.mixed else 0
+
+    @property
+    def mean(self) -> float | None:
+        return fmean(self.values) if self.n else None
+
+    @property
+    def std(self) -> float | None:
+        """Population standard deviation; a single run has none."""
+        return pstdev(self.values) if self.n > 1 else None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method's numbers less another's, paired by seed: their mean, and its 95 % interval by Student's t."""
+
+    mean: float
+    low: float
+    high: float
+    pairs: int
+
+    @classmethod
+    def of(cls, ours: Entry, theirs: Entry) -> Difference | None:
+        """None where fewer than two seeds are in both."""
+        other = dict(zip(theirs.seeds, theirs.values, strict=True))
+        gains = [value - other[seed] for seed, value in zip(ours.seeds, ours.values, strict=True) if seed in other]
+        if len(gains) < 2 or ours.mixed or theirs.mixed:
+            return None
+        from scipy.stats import t  # slow to import, and rarely asked for
+
+        mean, half = fmean(gains), float(t.ppf(0.975, len(gains) - 1)) * stdev(gains) / sqrt(len(gains))
+        return cls(mean, mean - half, mean + half, len(gains))
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """One table. entries: by (method, column); a pair that is not in it has not been run. commits: of the code behind the numbers.
+
+    against: the method that all others are compared with, pair by pair; '' for none.
+    """
+
+    subject: Subject
+    metric: str
+    over: Over
+    significance: bool
+    methods: tuple[str, ...]
+    columns: tuple[str, ...]
+    entries: dict[tuple[str, str], Entry]
+    commits: tuple[str, ...]
+    against: str = ""
+
+    def entry(self, method: str, column: str) -> Entry:
+        return self.entries.get((method, column), Entry())
+
+    @property
+    def ranked(self) -> bool:
+        """Does the metric say how good a method is? A teacher's accuracy does not."""
+        return not self.metric.startswith("teacher")
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.metric == "fid" or "loss" in self.metric
+
+    def ranking(self, column: str) -> list[str]:
+        """Methods from the best mean to the worst. Where a run diverged, the mean of the others says too much, and there is no rank."""
+        if not self.ranked:
+            return []
+        ranked = [m for m in self.methods if self.entry(m, column).n and not self.entry(m, column).diverged]
+        return sorted(ranked, key=lambda m: self.entry(m, column).mean, reverse=not self.lower_is_better)
+
+    def best(self, column: str) -> set[str]:
+        """The method with the best mean, with any that equal it; empty when there is nothing to compare."""
+        ranked = self.ranking(column)
+        return {m for m in ranked if self.entry(m, column).mean == self.entry(ranked[0], column).mean} if len(ranked) > 1 else set()
+
+    def p_value(self, column: str) -> float | None:
+        """Welch's t-test (two-sided) of the best against the runner-up; None when either has no spread to go by."""
+        ranked = self.ranking(column)[:2]
+        samples = [self.entry(m, column).values for m in ranked]
+        if len(samples) < 2 or min(map(len, samples)) < 2 or not any(map(pstdev, samples)):
+            return None
+        from scipy.stats import ttest_ind  # slow to import, and rarely asked for
+
+        return float(ttest_ind(*samples, equal_var=False).pvalue)
+
+    def difference(self, method: str, column: str) -> Difference | None:
+        """A method less the one that `against` names; None where there is nothing to pair."""
+        return Difference.of(self.entry(method, column), self.entry(self.against, column)) if method != self.against else None
+
+
+@dataclass
+class _Run:
+    """One cell: the columns that all its rows share, and its numbers by metric."""
+
+    about: dict[str, Any]
+    values: dict[str, float | None]
+
+
+def paper_tables(results: pa.Table, *, over: Over = "evaluation", significance: bool = False, against: str = "") -> list[PaperTable]:
+    """All tables that a store's best attempts (`ResultStore.read()`) fill, in the paper's order.
+
+    over: what the spread is over. evaluation: every run counts, as in the paper. distillation: one number for each
+    distillation seed, the mean of its evaluation seeds; a method without distillation has one for each evaluation seed.
+    against: a method that the others are compared with, by seed. Raises ResultsError for one that no result has.
+    """
+    if over not in ("evaluation", "distillation"):
+        raise ResultsError(f"over = {over!r}: must be 'evaluation' or 'distillation'")
+    known = pc.unique(results["method"]).to_pylist()
+    if against and against not in known:
+        raise ResultsError(f"against = {against!r}: no result is of this method; {nearest(against, known)}")
+    tables = []
+    for subject, runs in _by_subject(_runs(results)).items():
+        metrics = {metric for run in runs if run.about["status"] == "ok" for metric in run.values} or {NO_METRIC}
+        for metric in sorted(metrics):
+            places: dict[tuple[str, str], list[_Run]] = defaultdict(list)
+            for run in runs:
+                if metric in run.values or run.about["status"] != "ok":
+                    places[run.about["method"], run.about[layout.across(subject.task)]].append(run)
+            used = [run.about for runs_there in places.values() for run in runs_there]
+            commits = sorted({about["commit"][:12] + "+" * about["dirty"] for about in used})
+            tables.append(PaperTable(
+                subject, metric, over, significance, layout.methods(method for method, _ in places),
+                layout.columns(subject, (column for _, column in places)),
+                {place: _entry(there, metric, over) for place, there in places.items()}, tuple(commits), against))
+    return sorted(tables, key=lambda t: (t.subject.place, t.metric))
+
+
+def _runs(results: pa.Table) -> Iterable[_Run]:
+    wanted = ["cell", "status", "method", "source", "source_fingerprint", "set_fingerprint", "distillation_seed", "target",
+              "target_fingerprint", "task", "architecture", "resolution", "label_fraction", "evaluation_seed", "hyperparameters",
+              "distillation", "metric", "value", "commit", "dirty"]
+    runs: dict[str, _Run] = {}
+    for row in results.select(wanted).to_pylist():
+        runs.setdefault(row["cell"], _Run(row, {})).values[row["metric"]] = row["value"]
+    for name in ("source", "target"):
+        _tell_versions_apart([run.about for run in runs.values()], name)
+    return runs.values()
+
+
+def _tell_versions_apart(abouts: list[dict[str, Any]], name: Literal["source", "target"]) -> None:
+    """Where a data set has several fingerprints at one resolution and task (another crop, another split), put them into its name."""
+    versions: dict[Any, set[str]] = defaultdict(set)
+    for about in abouts:
+        versions[about[name], about["resolution"], about["task"]].add(about[f"{name}_fingerprint"])
+    for about in abouts:
+        if len(versions[about[name], about["resolution"], about["task"]] - {""}) > 1:
+            about[name] += f" ({about[f'{name}_fingerprint'][:8] or 'unknown version'})"
+
+
+def _by_subject(runs: Iterable[_Run]) -> dict[Subject, list[_Run]]:
+    subjects: dict[Subject, list[_Run]] = defaultdict(list)
+    without_set = []
+    for run in runs:
+        if run.about["set_fingerprint"] or run.about["task"] == "fid":
+            subjects[Subject.of(run.about)].append(run)
+        else:
+            without_set.append(run)
+    own = {subject: subject._replace(source="") for subject in subjects}
+    for run in without_set:
+        subject = Subject.of(run.about)
+        for home in [s for s, anywhere in own.items() if anywhere == subject._replace(source="")] or [subject]:
+            subjects[home].append(run)
+    return subjects
+
+
+def _entry(runs: list[_Run], metric: str, over: Over) -> Entry:
+    numbers = [(run.about, run.values[metric]) for run in runs if run.about["status"] == "ok" and run.values[metric] is not None]
+    failed = sum(run.about["status"] == "failed" for run in runs)
+    by_seed: dict[Any, list[float]] = defaultdict(list)
+    for about, value in numbers:
+        seeds = about["distillation_seed"], about["evaluation_seed"]
+        by_seed[seeds[0] if over == "distillation" and seeds[0] is not None else seeds].append(value)
+    return Entry(tuple(map(fmean, by_seed.values())), len(runs) - len(numbers) - failed, failed, _mixed([about for about, _ in numbers]),
+                 tuple(by_seed))
+
+
+def _mixed(abouts: list[dict[str, Any]]) -> str:
+    """Why runs must not be averaged, '' if they may."""
+    if differing := _differing({about["hyperparameters"] for about in abouts}):
+        return f"several recipes, which differ in {differing}"
+    if differing := _differing({about["distillation"] for about in abouts} - {UNKNOWN}):
+        return f"sets that were made with different settings: {differing}"
+    if len({(about["distillation_seed"], about["set_fingerprint"]) for about in abouts}) > len({a["distillation_seed"] for a in abouts}):
+        return "several distilled sets with the same distillation seed (set_fingerprint tells them apart)"
+    return ""
+
+
+def _differing(texts: set[str]) -> str:
+    """The names of the settings in which canonical JSON dicts differ, '' where they are equal."""
+    if len(texts) < 2:
+        return ""
+    written = [{name: json.dumps(value) for name, value in flatten(json.loads(text)).items()} for text in texts]
+    names = {name for settings in written for name in settings}
+    return ", ".join(sorted(name for name in names if len({settings.get(name) for settings in written}) > 1)) or "what they leave empty"

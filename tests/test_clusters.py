@@ -1,0 +1,141 @@
+"""Clusters: their descriptions fit Ray's schema, and one that is too small or too busy is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import ray
+import yaml
+from conftest import ROOT
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from krrst_dist.on_ray.cluster import ClusterError, connect, require, room
+
+FILES = sorted((ROOT / "clusters").glob("*.yaml"))
+
+
+@pytest.fixture(params=FILES, ids=lambda path: path.name)
+def description(request) -> dict:
+    return yaml.safe_load(request.param.read_text())
+
+
+def test_there_is_one_description_for_the_cloud_and_one_for_machines_at_hand():
+    assert [path.name for path in FILES] == ["gpu.yaml", "onprem.yaml"]
+
+
+def test_a_description_passes_rays_own_check(description):
+    validate_config(prepare_config(description))
+
+
+def test_a_description_with_a_misspelt_key_does_not_pass(description):
+    with pytest.raises(Exception, match="idle_timeout_minuts"):
+        validate_config(prepare_config(description | {"idle_timeout_minuts": 5}))
+
+
+def test_every_file_that_a_description_mentions_is_in_the_project(description):
+    """And at the place in the node's copy where set-up looks for it; the token is the user's own."""
+    mounts = {remote: local for remote, local in description["file_mounts"].items() if local != "~/.ray/auth_token"}
+    assert all((ROOT / local).exists() and remote == f"~/krrst/{local}" for remote, local in mounts.items())
+    needed = ("clusters/setup_node.sh", "clusters/constraints.txt", "pyproject.toml", "krrst_dist/__init__.py", "LICENSE")
+    assert all((ROOT / name).is_file() and name.partition("/")[0] in mounts.values() for name in needed)
+    assert "bash ~/krrst/clusters/setup_node.sh" in description["setup_commands"]
+
+
+def test_every_node_of_a_description_uses_tokens_and_sends_no_telemetry(description):
+    starts = [command for kind in ("head", "worker") for command in description[f"{kind}_start_ray_commands"] if "ray start" in command]
+    assert len(starts) == 2
+    assert all("RAY_AUTH_MODE=token" in command and "RAY_USAGE_STATS_ENABLED=0" in command for command in starts)
+    assert "chmod 600 ~/.ray/auth_token" in description["setup_commands"]
+
+
+def test_gpu_workers_come_and_go():
+    description = yaml.safe_load((ROOT / "clusters/gpu.yaml").read_text())
+    assert description["available_node_types"]["gpu"]["min_workers"] == 0
+    assert description["idle_timeout_minutes"] <= 15
+
+
+@pytest.mark.parametrize(("offer", "cpus", "gpus", "expected"), [
+    ({"CPU": 8}, 2, 0, 4),
+    ({"CPU": 8}, 3, 0, 2),
+    ({"CPU": 8}, 1, 1, 0),
+    ({"CPU": 8, "GPU": 2}, 1, 1, 2),
+    ({"CPU": 1, "GPU": 2}, 1, 1, 1),
+    ({"CPU": 8, "GPU": 2}, 1, 0.4, 4),  # two to a GPU; a fifth would straddle both
+    ({"CPU": 8, "GPU": 1}, 1, 0.1, 8),
+    ({}, 1, 0, 0),
+])
+def test_room_counts_the_actors_that_a_node_can_hold(offer, cpus, gpus, expected):
+    assert room(offer, cpus=cpus, gpus=gpus) == expected
+
+
+def test_a_cluster_that_is_large_enough_is_accepted_and_left_free(ray_cluster):
+    require(1, 0, 2)
+    require(2, 0, 1)
+
+
+def test_a_cluster_without_enough_cpus_is_refused_at_once_with_what_is_missing(ray_cluster):
+    started = time.monotonic()
+    with pytest.raises(ClusterError, match=r"lacks room for 3 of them \(3 CPUs and 0 GPUs\).*offer .*: 2 CPUs, 0 GPUs.*--wait"):
+        require(1, 0, 5)
+    assert time.monotonic() - started < 30
+
+
+def test_cpus_that_no_single_node_has_are_missing_however_many_there_are_in_all(ray_cluster):
+    with pytest.raises(ClusterError, match="lacks room for 1 of them"):
+        require(3, 0, 1)
+
+
+def test_a_cluster_without_gpus_is_refused(ray_cluster):
+    with pytest.raises(ClusterError, match=r"2 actors of 1 CPUs and 1 GPUs each do not fit.*2 GPUs"):
+        require(1, 1, 2)
+
+
+def test_a_busy_cluster_is_refused_after_the_deadline_and_accepted_when_it_is_free_again(ray_cluster):
+    @ray.remote(num_cpus=2)
+    class Hog:
+        def ready(self) -> bool:
+            return True
+
+    hog = Hog.remote()
+    assert ray.get(hog.ready.remote())
+    with pytest.raises(ClusterError, match="too busy for 1 s"):
+        require(1, 0, 1, deadline_s=1)
+    ray.kill(hog)
+    require(1, 0, 1, wait=True, deadline_s=1)
+
+
+def test_connecting_twice_joins_the_same_cluster(ray_cluster):
+    before = ray.get_runtime_context().get_node_id()
+    connect()
+    assert ray.get_runtime_context().get_node_id() == before
+
+
+def test_without_an_address_a_cluster_is_started_with_tokens_whose_workers_run_this_code(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("""
+import os
+from krrst_dist.on_ray.cluster import connect
+connect(num_cpus=3)
+import ray
+
+@ray.remote
+def look():
+    import krrst_dist
+    return os.environ["RAY_AUTH_MODE"], os.environ["RAY_USAGE_STATS_ENABLED"], os.path.dirname(os.path.dirname(krrst_dist.__file__))
+
+assert ray.cluster_resources()["CPU"] == 3
+print(*ray.get(look.remote()))
+""")
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED")}
+    ran = subprocess.run([sys.executable, program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.stdout.split() == ["token", "0", str(ROOT)], ran.stderr
+
+
+def test_an_address_without_a_cluster_is_refused(tmp_path):
+    program = "from krrst_dist.on_ray.cluster import *\ntry: connect('127.0.0.1:1')\nexcept ClusterError as error: print(error)"
+    ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert "'127.0.0.1:1': cannot join a cluster there" in ran.stdout, ran.stderr

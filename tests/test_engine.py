@@ -1,0 +1,319 @@
+"""The distributed loop on a real cluster: the same result whoever computes it, and whatever dies in between."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import engine_parts
+import pytest
+import ray
+import safetensors.torch
+import torch
+from engine_parts import Parts, config, measure, run, serial
+
+from krrst_dist.algorithm import DivergedError, RidgeError, ridge_head
+from krrst_dist.artifacts import DistilledSet, Space
+from krrst_dist.config import Config, ConfigError
+from krrst_dist.evaluation.held_out import held_out_of_network
+from krrst_dist.on_ray import coordinator
+from krrst_dist.on_ray.assembly import Assembly
+from krrst_dist.on_ray.coordinator import Coordinator
+from krrst_dist.on_ray.errors import EngineError, LostActor
+from krrst_dist.on_ray.group import WorkerGroup
+
+ray.cloudpickle.register_pickle_by_value(engine_parts)
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """A cluster with room for three actors; yields its address."""
+    ray.init(address="local", num_cpus=3, object_store_memory=300_000_000, include_dashboard=False, logging_level="warning",
+             log_to_driver=False)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Once(Parts):
+    """At shard 1's 7th batch something happens to its process, once for each run (`marker` is a file), or always."""
+
+    marker: str | None = None
+
+    def __call__(self, shard: int):
+        built = super().__call__(shard)
+        read = built.batches.next
+
+        def next_batch():
+            if shard == 1 and built.batches.state()["batch"] == 6 and not (self.marker and Path(self.marker).exists()):
+                if self.marker:
+                    Path(self.marker).touch()
+                return self.happen(built) or read()
+            return read()
+
+        built.batches.next = next_batch
+        return built
+
+    def happen(self, built) -> None:
+        """SIGKILL, as from the kernel when memory runs out."""
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Diverging(Once):
+    """A pool whose weights become infinite."""
+
+    def happen(self, built) -> None:
+        for member in built.pool.members:
+            member.model.network.layers[0].weight.data.fill_(float("inf"))
+
+
+@dataclass(frozen=True)
+class NaNTargets(Once):
+    """Target representations that become NaN."""
+
+    def happen(self, built):
+        x, y = engine_parts.start()
+        return x, y * float("nan")
+
+
+@dataclass(frozen=True)
+class Exploding(Once):
+    """A pool whose next training steps are so large that the weights become infinite, from finite ones and a finite loss."""
+
+    def happen(self, built) -> None:
+        for member in built.pool.members:
+            member.optimizer.param_groups[0]["lr"] = 1e38
+
+
+def measured_nan(network: int, values: tuple[torch.Tensor, torch.Tensor], alive: Callable[[], None]) -> float:
+    return float("nan") if network == 2 else 1.0
+
+
+def measured_diverging(network: int, values: tuple[torch.Tensor, torch.Tensor], alive: Callable[[], None]) -> float:
+    if network == 1:
+        ridge_head(values[0].flatten(1) * float("inf"), values[1])
+    return 1.0
+
+
+def measured_slowly(network: int, values: tuple[torch.Tensor, torch.Tensor], alive: Callable[[], None]) -> float:
+    for _ in range(5 if network == 0 else 0):
+        time.sleep(1)
+        alive()
+    return 1.0
+
+
+def measured_silently(network: int, values: tuple[torch.Tensor, torch.Tensor], alive: Callable[[], None]) -> float:
+    time.sleep(60)
+    return 1.0
+
+
+@dataclass(frozen=True)
+class CannotBuild(Parts):
+    """Shard 1 cannot be made: its data is missing, or, without a message, its process is killed."""
+
+    message: str = ""
+
+    def __call__(self, shard: int):
+        if shard == 1 and self.message:
+            raise FileNotFoundError(self.message)
+        if shard == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(shard)
+
+
+@pytest.mark.parametrize("actors", [1, 2, 3])
+def test_any_number_of_actors_gives_the_serial_loops_result_bit_for_bit(cluster, tmp_path, actors):
+    settings = config(updates=50, actors=actors, checkpoint_every=20, every=16)
+    outcome = run(settings, tmp_path, measure=measure)
+    x_syn, y_syn = serial(settings)
+    assert torch.equal(outcome.values[0], x_syn) and torch.equal(outcome.values[1], y_syn)
+    assert not torch.equal(x_syn, engine_parts.start()[0])
+    assert [step for step, _ in outcome.held_out] == [0, 16, 32, 48, 50]
+    assert outcome.held_out[-1][1] == sum(measure(i, (x_syn, y_syn)) for i in range(3)) / 3
+
+
+@pytest.mark.parametrize("back_to", [0, 4])
+def test_a_killed_actor_is_replaced_and_the_result_is_that_of_an_undisturbed_run(cluster, tmp_path, capsys, back_to):
+    settings = config(actors=2, checkpoint_every=back_to or 12)
+    outcome = run(settings, tmp_path / "run", build=Once(settings, marker=str(tmp_path / "killed")), measure=measure)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "was lost" in line]
+    assert len(lines) == 1 and "shard(s) 1" in lines[0] and f"step-{back_to:08d}-1" in lines[0]
+    x_syn, y_syn = serial(settings)
+    assert torch.equal(outcome.values[0], x_syn) and torch.equal(outcome.values[1], y_syn)
+    assert [step for step, _ in outcome.outer] == list(range(1, 13))
+    assert [step for step, _ in outcome.held_out] == [0, 12]
+
+
+def test_actors_that_die_again_and_again_stop_the_run_with_the_way_to_go_on(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(coordinator, "PAUSES", (0.1,))
+    settings = config(actors=1)
+    with pytest.raises(EngineError, match=r"2 failures in a row without a new checkpoint.*step-00000004-1, go on with --resume"):
+        run(settings, tmp_path, build=Once(settings))
+
+
+def test_an_actor_that_is_silent_for_too_long_is_named(cluster):
+    settings = config(shards=2)
+    with WorkerGroup(shards=2, actors=2, threads=1) as group:
+        hosts = group.start(Parts(settings))
+        os.kill(hosts[1].pid, signal.SIGSTOP)
+        with pytest.raises(LostActor, match=r"actor 1 with shard\(s\) 1 .*no sign of life for 3 s"):
+            group.everywhere("host", silence=3)
+        os.kill(hosts[1].pid, signal.SIGKILL)
+
+
+def test_a_process_that_dies_at_its_start_is_one_clear_error(cluster, tmp_path):
+    settings = config()
+    with pytest.raises(EngineError, match=r"actor 0 with shard\(s\) 0, 1, 2 .* was lost.* while it started"):
+        run(settings, tmp_path, build=CannotBuild(settings))
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_an_error_in_an_actor_reaches_the_user_as_itself(cluster, tmp_path):
+    settings = config()
+    with pytest.raises(FileNotFoundError, match="no images in /nowhere"):
+        run(settings, tmp_path, build=CannotBuild(settings, message="no images in /nowhere"))
+
+
+@pytest.mark.parametrize(("parts", "error"), [(NaNTargets, DivergedError), (Diverging, RidgeError)])
+def test_a_diverged_run_names_step_shard_and_the_last_good_checkpoint(cluster, tmp_path, parts, error):
+    settings = config(actors=1)
+    with pytest.raises(error, match=r"update 6, shard 1: .*the last good checkpoint is .*step-00000004-1"):
+        run(settings, tmp_path, build=parts(settings))
+
+
+def test_what_diverges_is_never_kept_and_no_resume_is_promised_that_would_only_repeat_it(cluster, tmp_path):
+    settings = config(actors=2, checkpoint_every=1, keep=2)
+    with pytest.raises(DivergedError) as first:
+        run(settings, tmp_path, build=Exploding(settings))
+    said = re.fullmatch(r"update 6, shard 1: pool member \d has weights that are not finite, .* after \d+ training steps; .*distill.pool.lr"
+                        r".*; the last good checkpoint is (\S+), but going on from it with --resume would take the same steps to the same "
+                        r"end, .* start one with another --out", str(first.value))
+    kept = sorted((tmp_path / "checkpoints").glob("step-*"))
+    assert [path.name for path in kept] == ["step-00000005-1", "step-00000006-1"] and str(kept[-1]) == said[1]
+    tensors = [value for path in kept for file in path.glob("*.safetensors") for value in safetensors.torch.load_file(file).values()]
+    assert len(tensors) > 100 and all(value.isfinite().all() for value in tensors)
+    with pytest.raises(DivergedError, match="update 6, shard 1: "):
+        run(settings, tmp_path, build=Exploding(settings), resume=True)
+
+
+def test_a_pool_that_diverges_in_its_warm_up_stops_there_with_shard_member_and_setting(cluster, tmp_path):
+    settings = config(pool_lr=1e20)
+    with pytest.raises(DivergedError, match=r"^warm-up, shard 0: pool member 0 has .*distill.pool.lr.*; there is no checkpoint yet"):
+        run(settings, tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_a_rate_that_was_lowered_needs_another_out_as_the_message_says(cluster, tmp_path):
+    settings = config(pool_lr=1e20, updates=1)
+    with pytest.raises(DivergedError, match="start it again"):
+        run(settings, tmp_path / "run")
+    run(config(updates=1), tmp_path / "run")  # nothing has been kept there
+    with pytest.raises(ConfigError, match="distill.pool.lr: was 0.05, now 0.01"):
+        run(config(updates=2, pool_lr=0.01), tmp_path / "run", resume=True)
+    run(config(updates=2, pool_lr=0.01), tmp_path / "another")
+
+
+def test_a_set_that_becomes_infinite_is_not_kept(cluster, tmp_path):
+    settings = config(lr=1e37, updates=5, checkpoint_every=1, actors=3)
+    with pytest.raises((DivergedError, RidgeError), match="distill.lr_x.*the last good checkpoint is .*step-00000000-1, but"):
+        run(settings, tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000000-1"]
+
+
+@pytest.mark.parametrize(("measured", "network"), [(measured_nan, 2), (measured_diverging, 1)])
+def test_a_held_out_loss_that_is_not_finite_stops_the_run_with_update_network_and_setting(cluster, tmp_path, measured, network):
+    expected = rf"^update 0: held-out network {network}.*evaluate.pretrain.lr = 0.1 is too high.*--out"
+    with pytest.raises(DivergedError, match=expected) as stopped:
+        run(config(), tmp_path, measure=measured)
+    assert "lr_x" not in str(stopped.value)
+
+
+def test_a_measurement_may_take_long_as_long_as_it_gets_further(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(coordinator, "START", 3)
+    monkeypatch.setattr(coordinator, "PAUSES", ())
+    assert run(config(updates=1), tmp_path / "run", measure=measured_slowly).held_out == [(0, 1.0), (1, 1.0)]
+    with pytest.raises(EngineError, match="no sign of life for 3 s"):
+        run(config(updates=1), tmp_path / "silent", measure=measured_silently)
+
+
+def test_a_real_measurement_tells_of_its_steps_and_of_its_divergence():
+    settings, signs, (x_syn, y_syn) = config(), [], engine_parts.start()
+    few = settings.evaluate.pretrain.model_copy(update={"steps": 3, "lr": 1e-3})
+    settings = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"pretrain": few})})
+    start = DistilledSet(x_syn.numpy(), y_syn.numpy(), "features", few.recipe(), Space("raw", (0.0,) * 3, (1.0,) * 3))
+
+    def parts(settings: Config) -> Assembly:
+        return Assembly(settings, None, None, None, "", _opened={"start": start, "held out": (x_syn, y_syn)})
+
+    loss = parts(settings).measure(0, (x_syn, y_syn), lambda: signs.append(1))
+    assert len(signs) == 3 and 0 < loss < 10
+    assert loss == held_out_of_network(0, settings.distill.pool.network, x_syn, y_syn, x_syn, y_syn, recipe=few,
+                                       ridge=settings.distill.ridge)
+    assert len(signs) == 3
+    wild = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"pretrain": few.model_copy(update={"lr": 1e30})})})
+    with pytest.raises(DivergedError, match="training loss is"):
+        parts(wild).measure(0, (x_syn, y_syn), lambda: None)
+
+
+def test_a_run_in_a_thread_can_be_stopped(cluster, tmp_path):
+    settings, stop, seen = config(updates=100_000), threading.Event(), []
+
+    def target() -> None:
+        try:
+            Coordinator(settings, engine_parts.work(settings), directory=str(tmp_path), stop=stop).run()
+        except SystemExit as end:
+            seen.append(end.code)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    _wait_for(tmp_path, after=0)
+    stop.set()
+    thread.join(timeout=30)
+    assert seen == [130]
+
+
+def test_a_run_stopped_and_killed_at_random_moments_ends_as_if_undisturbed(cluster, tmp_path):
+    moments = random.Random(0)
+    steps = [-1]
+    for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
+        environment = os.environ | {"RAY_AUTH_MODE": "token"}
+        driver = subprocess.Popen([sys.executable, engine_parts.__file__, str(tmp_path), "60", cluster], env=environment,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        _wait_for(tmp_path, after=steps[-1])
+        time.sleep(moments.uniform(0, 0.5))
+        driver.send_signal(how)
+        output, _ = driver.communicate(timeout=30)
+        if how == signal.SIGKILL:
+            assert driver.returncode == -signal.SIGKILL
+        else:
+            assert driver.returncode == 130, output
+            assert "go on with --resume" in output
+        steps.append(_newest(tmp_path))
+    assert steps == sorted(set(steps)) and steps[-1] < 60
+    outcome = run(config(updates=60), tmp_path, resume=True)  # on one actor instead of two
+    x_syn, y_syn = serial(config(updates=60))
+    assert torch.equal(outcome.values[0], x_syn) and torch.equal(outcome.values[1], y_syn)
+    assert [step for step, _ in outcome.outer] == list(range(1, 61))
+
+
+def _newest(directory: Path) -> int:
+    return max((int(path.parent.name.split("-")[1]) for path in directory.glob("checkpoints/step-*/manifest.json")), default=-1)
+
+
+def _wait_for(directory: Path, *, after: int) -> None:
+    """Until there is a checkpoint of a later step."""
+    deadline = time.monotonic() + 60
+    while _newest(directory) <= after:
+        assert time.monotonic() < deadline, "no checkpoint within 60 s"
+        time.sleep(0.02)
