@@ -89,7 +89,7 @@ def test_an_unfinished_run_of_other_settings_is_refused_for_those_as_resume_woul
 def test_a_finished_run_is_said_to_be_finished_and_given_back(finished, capsys):
     outcome = run(config(actors=3), finished)
     assert "is finished: all 12 updates are done" in capsys.readouterr().out
-    assert torch.equal(outcome.x_syn, serial(config())[0]) and [step for step, _ in outcome.held_out] == [0, 6, 12]
+    assert torch.equal(outcome.values[0], serial(config())[0]) and [step for step, _ in outcome.held_out] == [0, 6, 12]
 
 
 def test_changed_settings_are_refused_field_by_field(finished):
@@ -117,7 +117,7 @@ def test_another_cpu_capability_is_refused_unless_gpus_compute():
 def test_more_updates_go_on_with_the_first_starts_decay(copied, capsys):
     outcome = run(config(updates=16), copied, resume=True)
     assert "falls over 12 updates" in capsys.readouterr().out
-    assert torch.equal(outcome.x_syn, serial(config(updates=16, decay_updates=12))[0])
+    assert torch.equal(outcome.values[0], serial(config(updates=16, decay_updates=12))[0])
     assert folders(copied)[-1] == "step-00000016-2"
 
 
@@ -135,7 +135,7 @@ def test_damaged_and_unfinished_checkpoints_are_passed_over_for_the_one_before(c
     outcome = run(config(updates=13), copied, resume=True)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("damaged checkpoint")]
     assert ["shard-2.safetensors has 1000 bytes" in lines[0], "outer.safetensors has another checksum" in lines[1]] == [True, True]
-    assert torch.equal(outcome.x_syn, serial(config(updates=13, decay_updates=12))[0])
+    assert torch.equal(outcome.values[0], serial(config(updates=13, decay_updates=12))[0])
     assert folders(copied) == ["step-00000008-2", "step-00000012-2", "step-00000013-2"]
     assert [step for step, _ in outcome.outer] == list(range(1, 14))
 
