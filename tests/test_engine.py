@@ -163,7 +163,6 @@ def test_actors_that_die_again_and_again_stop_the_run_with_the_way_to_go_on(clus
 
 
 def test_an_actor_that_is_silent_for_too_long_is_named(cluster):
-    settings = config(shards=2)
     with WorkerGroup(shards=2, actors=2, threads=1) as group:
         hosts = group.start()
         os.kill(hosts[1].pid, signal.SIGSTOP)

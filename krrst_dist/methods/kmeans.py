@@ -59,6 +59,10 @@ class KMeans(Method):
         """As the embedding."""
         return True
 
+    def measured(self, settings: KMeansSettings) -> bool:
+        """As labels."""
+        return settings.labels == "targets"
+
     def check(self, config: Config, *, training: int, classes: list[int] | None) -> None:
         """Are there enough images, of every class? Raises ConfigError."""
         real_images.check_enough(config, training, classes)

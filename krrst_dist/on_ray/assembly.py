@@ -75,6 +75,11 @@ class Assembly:
         return plugins.load(self.config.method)
 
     @property
+    def measured(self) -> bool:
+        """Has its set a held-out ridge loss?"""
+        return self.method.measured(self.config.distill)
+
+    @property
     def source(self) -> Source:
         """The images, and their targets where there are any, from this node's disk."""
         return self._once("source", self._open)
@@ -88,7 +93,7 @@ class Assembly:
         """What the engine does for the method."""
         method, config = self.method, self.config
         return Work(outer=self.outer, build=self.build, combine=method.combine, chores=method.chores(config, self.source), do=self.do,
-                    measure=self.measure if self.targets else None, warm_up=method.warm_up_steps(config))
+                    measure=self.measure if self.measured else None, warm_up=method.warm_up_steps(config))
 
     def outer(self, horizon: int) -> Outer:
         """The learned tensors at their start."""
@@ -127,7 +132,7 @@ class Assembly:
 
     def of_mean(self) -> float | None:
         """The held-out loss of predicting the mean; None where nothing is held out."""
-        return held_out.loss_of_mean(self.source.targets.look_up(self.source.held_out)) if self.targets else None
+        return held_out.loss_of_mean(self.source.targets.look_up(self.source.held_out)) if self.measured else None
 
     def _once(self, name: str, make: Callable[[], object]) -> object:
         if name not in self._opened:

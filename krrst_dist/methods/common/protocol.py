@@ -102,6 +102,10 @@ class Method:
         """Does it need the representations of a self-supervised target model?"""
         return False
 
+    def measured(self, settings: MethodSettings) -> bool:
+        """Are the labels of its set representations, so that the held-out ridge loss of the set can be measured?"""
+        return self.needs_targets(settings)
+
     def check(self, config: Config, *, training: int, classes: Sequence[int] | None) -> None:
         """Do the settings fit? training: images to distil from; classes: how many of each class, None where that is not known.
 

@@ -1,0 +1,334 @@
+"""The compared methods: what each one's file says it does, on tiny inputs in float64, and the protocol they are written to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import ray
+import torch
+import torch.nn.functional as F
+from betons import Items, prepared_beton, real_images
+
+from krrst_dist import networks, plugins, seeds
+from krrst_dist.algorithm import DivergedError, total
+from krrst_dist.artifacts import DistilledSet
+from krrst_dist.augment.diff_augment import diff_augment
+from krrst_dist.config import Config, ConfigError, load_preset, parse
+from krrst_dist.data.targets import write_targets
+from krrst_dist.methods.common import real_images as real
+from krrst_dist.methods.common.source import Source
+from krrst_dist.methods.dm import mean_distance
+from krrst_dist.methods.dsa import gradient_distance
+from krrst_dist.methods.kmeans import nearest_to_centres
+from krrst_dist.on_ray import cluster, pipeline, preflight
+from krrst_dist.recipes import PRETRAIN
+
+CLASSES, SIDE, CPU = 3, 8, torch.device("cpu")
+SMALL = {"dm": {"network": {"widths": [4, 4], "norm": "instance"}, "batch_real": 5, "updates": 4},
+         "dsa": {"network": {"widths": [4, 4], "norm": "instance"}, "batch_real": 5, "updates": 4, "outer_loop": 3, "inner_loop": 2,
+                 "batch_train": 4}}
+
+
+def config(method: str, **distill) -> Config:
+    return parse({"preset": "test", "method": method, "seed": distill.pop("seed", 0),
+                  "source": {"dataset": "cifar100", "resolution": SIDE, "held_out": 6},
+                  "distill": {"m": 7} | SMALL.get(method, {}) | distill, "evaluate": {"pretrain": {"steps": 9, "batch": 5}}})
+
+
+@pytest.fixture(scope="module")
+def source(shared_data, tmp_path_factory) -> Source:
+    """60 CIFAR-100 images, called three classes, with a side file of 12 numbers each."""
+    images = real_images(shared_data / "cifar100-test.parquet", 60, SIDE)
+    folder = tmp_path_factory.mktemp("methods")
+    prepared = replace(prepared_beton(folder / "images.beton", Items(images.pixels, np.arange(60) % CLASSES), "raw"),
+                       class_names=("a", "b", "c"))
+    prepared.save()
+    write_targets(folder / "targets.npy", prepared, lambda images: images[:, :, ::4, ::4].float().flatten(1), target_fingerprint="pixels",
+                  views=0, view_seed=0, statistics_over=None, progress=False)
+    return Source.open(config("random"), prepared.path, folder / "targets.npy")
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def start_of(method: str, source: Source, **distill) -> DistilledSet:
+    return plugins.load(method).start(config(method, **distill), source, None)
+
+
+def belongs(source: Source, made: DistilledSet) -> np.ndarray:
+    """Rows of the training part that the images of a set are."""
+    everything = source.training_images(np.arange(len(source.training))).numpy()
+    found = [np.flatnonzero((everything == x).all((1, 2, 3))) for x in made.x_syn]
+    assert all(len(rows) == 1 for rows in found)
+    return np.concatenate(found)
+
+
+# the protocol
+
+
+def test_every_method_has_published_settings_and_a_row_of_its_own():
+    methods = [plugins.load(name) for name in plugins.names()]
+    assert {"krr_st", "random", "kmeans", "gaussian", "dsa", "dm"} <= set(plugins.names())
+    assert len({method.title for method in methods}) == len(methods)
+    assert all(method.settings().m == 1000 for method in methods)
+    dsa, dm = (plugins.load(name).settings() for name in ("dsa", "dm"))
+    assert (dsa.updates, dsa.outer_loop, dsa.inner_loop, dsa.lr_x, dsa.lr_net, dsa.batch_real) == (10_000, 10, 50, 0.1, 0.01, 256)
+    assert (dm.updates, dm.lr_x, dm.momentum, dm.batch_real) == (20_000, 1.0, 0.5, 256)
+
+
+def test_the_papers_presets_give_each_method_a_network_that_fits():
+    for preset, labelled in {"cifar100": 100, "tinyimagenet": 200, "imagenet64": 1000, "imagenette": 10, "cifar100-cpu": 100,
+                             "quickstart": 5}.items():
+        for name in ("dm", "dsa", "random", "kmeans", "gaussian"):
+            made = load_preset(preset, method=name)
+            plugins.load(name).check(made, training=400 * labelled, classes=[400] * labelled)
+    one = load_preset("imagenet64", method="dsa").distill
+    assert (one.outer_loop, one.inner_loop, one.updates) == (1, 1, 1000)
+
+
+def test_an_unlabeled_source_is_refused_with_the_methods_that_can_do_without():
+    with pytest.raises(ConfigError, match=r"method = 'dsa' goes by class labels.*gaussian.*kmeans with distill.labels = targets.*krr_st"):
+        preflight.check_labels(config("dsa"), labelled=False)
+    preflight.check_labels(config("random", labels="targets"), labelled=False)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"m": 2}, r"distill.m = 2: DM goes class by class, and each of the 3 classes needs an image of its own; take at least 3"),
+    ({"m": 55}, r"distill.m = 55: there are 54 training images; lower it"),
+    ({"m": 40}, r"distill.m = 40: class 1 has 5 training images"),
+    ({"network": {"widths": [4] * 4}}, r"resolution"),
+])
+def test_sizes_that_a_class_wise_method_cannot_take_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        plugins.load("dm").check(config("dm", **changes), training=54, classes=[30, 5, 19])
+
+
+OUTSIDE = '''
+from krrst_dist.config import MethodSettings
+from krrst_dist.methods.common import real_images
+from krrst_dist.methods.common.protocol import Method
+class Settings(MethodSettings):
+    darker: float = 0.5
+class Dark(Method):
+    title, settings = "Dark", Settings
+    def needs_labels(self, settings):
+        return True
+    def start(self, config, source, read):
+        made = real_images.random_labels(config, source)
+        made.x_syn[:] *= config.distill.darker
+        return made
+METHOD = Dark()
+'''
+
+
+def test_a_method_comes_from_another_package_without_a_change_to_ours(tmp_path):
+    (tmp_path / "dark.py").write_text(OUTSIDE)
+    (tmp_path / "dark-1.dist-info").mkdir()
+    (tmp_path / "dark-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: dark\nVersion: 1\n")
+    (tmp_path / "dark-1.dist-info" / "entry_points.txt").write_text("[krrst_dist.methods]\ndark = dark:METHOD\n")
+    command = [sys.executable, "-m", "krrst_dist.cli", "distill", "--preset", "quickstart", "--method", "dark", "--repeats", "1", "--out",
+               str(tmp_path / "run"), "--distill.darker", "0.25"]
+    ran = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    made = DistilledSet.load(tmp_path / "run" / "seed-0" / "distilled.safetensors")
+    assert made.metadata["method"] == "dark" and made.metadata["config"]["distill"]["darker"] == 0.25
+    assert np.bincount(made.y_syn).tolist() == [4] * 5 and np.abs(made.x_syn).max() < 1.5
+
+
+# methods that select
+
+
+def test_shares_are_equal_but_for_the_rest():
+    assert sorted(real.shares(7, 3, 0)) == [2, 2, 3] and real.shares(6, 3, 5).tolist() == [2, 2, 2]
+
+
+def test_random_is_balanced_real_images_with_their_own_labels(source):
+    made = start_of("random", source)
+    rows = belongs(source, made)
+    assert len(set(rows)) == 7 and (source.labels[rows] == made.y_syn).all() and sorted(np.bincount(made.y_syn)) == [2, 2, 3]
+    assert made.label_kind == "class" and made.recipe["steps"] == 9 and made.recipe["optimizer"] == PRETRAIN["class"].optimizer
+    again, other = start_of("random", source), start_of("random", source, seed=1)
+    assert np.array_equal(made.x_syn, again.x_syn) and set(belongs(source, other)) != set(rows)
+
+
+def test_random_with_targets_has_the_targets_of_its_images(source):
+    made = start_of("random", source, labels="targets")
+    rows = belongs(source, made)
+    assert made.label_kind == "features" and np.array_equal(made.y_syn, source.targets.look_up(source.training[rows]).numpy())
+
+
+def test_the_nearest_row_to_each_centre_is_taken_and_none_twice():
+    rng = np.random.default_rng(0)
+    centres = np.eye(4) * 100
+    features = np.concatenate([centre + rng.normal(size=(30, 4)) for centre in centres]).astype(np.float32)
+    chosen = nearest_to_centres(features, 4, batch=1024, starts=3, seed=2**40)
+    assert sorted(chosen // 30) == [0, 1, 2, 3]
+    for row in chosen:
+        blob = features[row // 30 * 30:][:30]
+        distance = ((blob - blob.mean(0)) ** 2).sum(1)
+        assert distance[row % 30] <= np.sort(distance)[2]  # a mini-batch's centre is near the mean
+    assert len(set(nearest_to_centres(np.ones((9, 2), np.float32), 5, batch=4, starts=1, seed=0))) == 5
+
+
+def test_kmeans_clusters_class_by_class_each_class_a_chore(source):
+    method, settings = plugins.load("kmeans"), config("kmeans")
+    chores = method.chores(settings, source)
+    made = {chore: method.do(settings, source, chore, device=CPU, alive=lambda: None) for chore in chores}
+    result = method.start(settings, source, made.get)
+    rows = belongs(source, result)
+    assert len(chores) == 3 and len(set(rows)) == 7 and (source.labels[rows] == result.y_syn).all()
+    assert sorted(np.bincount(result.y_syn)) == [2, 2, 3]
+
+
+def test_gaussian_is_noise(source):
+    made = start_of("gaussian", source, m=100)
+    assert made.label_kind == "soft" and made.y_syn.shape == (100, 3) and not made.y_syn.any()
+    assert abs(made.x_syn.mean()) < 0.03 and abs(made.x_syn.std() - 1) < 0.03
+
+
+# methods that go class by class
+
+
+def part(method: str, source: Source, index: int = 0, **distill):
+    settings = config(method, **distill)
+    begin = plugins.load(method).start(settings, source)
+    return plugins.load(method).part(settings, source, begin, index, device=CPU), torch.from_numpy(begin.x_syn), begin
+
+
+@pytest.mark.parametrize("method", ["dm", "dsa"])
+def test_the_gradient_is_that_of_the_loss_by_finite_differences(source, method, float64):
+    shard, x, _ = part(method, source)
+    x, step, direction = x.double(), 1, torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    found = shard.contribute(step, x)
+    difference = (shard.contribute(step, x + 1e-5 * direction).loss - shard.contribute(step, x - 1e-5 * direction).loss) / 2e-5
+    assert found.gradients[0].dtype == torch.float64 and abs(difference) > 1e-6
+    assert (found.gradients[0] * direction).sum().item() == pytest.approx(difference, rel=2e-3)
+
+
+@pytest.mark.parametrize("method", ["dm", "dsa"])
+def test_three_shards_have_a_class_each_and_add_up_to_one(source, method, float64):
+    whole, x, _ = part(method, source)
+    parts = [part(method, source, s, shards=3)[0] for s in range(3)]
+    one, three = whole.contribute(2, x.double()), [shard.contribute(2, x.double()) for shard in parts]
+    assert sum(len(p.gradients[0].abs().sum((1, 2, 3)).nonzero()) for p in three) == 7
+    combined = total(three)
+    assert combined.loss == pytest.approx(one.loss) and combined.images == one.images == 15
+    torch.testing.assert_close(combined.gradients[0], one.gradients[0])
+
+
+def test_dms_loss_is_the_literal_one(source, float64):
+    shard, x, begin = part("dm", source)
+    with seeds.seeded(0, "DM network", 3):
+        psi = networks.build("convnet", resolution=SIDE, widths=(4, 4), norm="instance")
+    loss = 0.0
+    for label in range(CLASSES):
+        omega = seeds.derive(0, "siamese augmentation", 3, label)
+        theirs = source.some_of_class(label, 5, seed=0, purpose="real of class", step=3).double()
+        ours = x[torch.from_numpy(begin.y_syn == label)].double()
+        means = [psi(diff_augment(batch, seed=omega, siamese=True)).mean(0) for batch in (ours, theirs)]
+        loss += sum((a - b) ** 2 for a, b in zip(*(mean.tolist() for mean in means), strict=True))
+    assert shard.contribute(3, x.double()).loss == pytest.approx(loss)
+
+
+def test_dms_loss_is_0_for_equal_sets_whose_order_does_not_matter():
+    embedded = torch.randn(6, 9, dtype=torch.float64)
+    assert mean_distance(embedded, embedded).item() == 0
+    assert mean_distance(embedded.flip(0), embedded).item() == pytest.approx(0, abs=1e-25)
+    assert mean_distance(embedded + 1, embedded).item() == pytest.approx(9)
+
+
+def test_dsas_distance_is_0_for_equal_and_2_a_row_for_opposite_gradients_without_biases():
+    gradients = [torch.randn(5, 3, 3, 3, dtype=torch.float64), torch.randn(5, dtype=torch.float64), torch.randn(4, 20, dtype=torch.float64)]
+    assert gradient_distance(gradients, gradients).item() == pytest.approx(0, abs=1e-5)
+    opposite = [-gradients[0], gradients[1] * 7, -gradients[2]]
+    assert gradient_distance(gradients, opposite).item() == pytest.approx(2 * (5 + 4), abs=1e-5)
+    flat = [gradients[0].reshape(5, 27).tolist(), (gradients[0] + 1).reshape(5, 27).tolist()]
+    literal = sum(1 - np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b) + 1e-6) for a, b in zip(*flat, strict=True))
+    assert gradient_distance(gradients[:1], [gradients[0] + 1]).item() == pytest.approx(literal)
+
+
+def test_dsa_trains_theta_on_the_images_and_not_after_a_trajectorys_last_step(source):
+    shard, x, begin = part("dsa", source)
+    shard.contribute(0, x)
+    weights, y = [value.detach().clone().requires_grad_() for value in shard._theta.parameters()], torch.from_numpy(begin.y_syn)
+    shard.advance(0, x)
+    names = [name for name, _ in shard._theta.named_parameters()]
+    for epoch in range(2):
+        order = torch.randperm(7, generator=seeds.torch_rng(0, "theta's order", 0, epoch))
+        for i, rows in enumerate([order[:4], order[4:]]):
+            batch = diff_augment(x[rows], seed=seeds.derive(0, "theta's augmentation", 0, epoch, i))
+            out = torch.func.functional_call(shard._theta, dict(zip(names, weights, strict=True)), (batch,))
+            gradients = torch.autograd.grad(F.cross_entropy(out, y[rows]), weights)
+            weights = [(w - 0.01 * g).detach().requires_grad_() for w, g in zip(weights, gradients, strict=True)]
+    torch.testing.assert_close(list(shard._theta.parameters()), weights)
+    shard.contribute(2, x)
+    before = [value.clone() for value in shard._theta.parameters()]
+    shard.advance(2, x)
+    assert all(torch.equal(a, b) for a, b in zip(before, shard._theta.parameters(), strict=True))
+    shard.contribute(3, x)
+    assert not torch.equal(before[0], next(shard._theta.parameters()))
+
+
+def test_dsa_goes_on_from_its_saved_state_exactly(source):
+    undisturbed, x, _ = part("dsa", source)
+    for step in range(2):
+        undisturbed.contribute(step, x)
+        undisturbed.advance(step, x)
+    tensors, numbers = undisturbed.state_dict()
+    resumed = part("dsa", source)[0]
+    resumed.load_state_dict({name: value.clone() for name, value in tensors.items()}, numbers)
+    for step in (2, 3):
+        a, b = (shard.contribute(step, x) for shard in (undisturbed, resumed))
+        assert a.loss == b.loss and torch.equal(a.gradients[0], b.gradients[0])
+
+
+def test_what_is_not_finite_is_named(source):
+    shard, x, _ = part("dm", source)
+    with pytest.raises(DivergedError, match=r"update 2, shard 0: .*distill.lr_x"):
+        shard.contribute(2, x * float("inf"))
+    shard, x, _ = part("dsa", source, lr_net=1e30)
+    shard.contribute(0, x)
+    shard.advance(0, x)
+    with pytest.raises(DivergedError, match=r"update 0, shard 0: theta .*distill.lr_net"):
+        shard.check(0)
+
+
+# on the engine
+
+
+@pytest.fixture(scope="module")
+def three_cpus() -> Iterator[None]:
+    cluster.start_local(num_cpus=3)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("method", ["kmeans", "dm", "dsa"])
+def test_one_and_three_actors_and_a_resumed_run_give_the_same_set(three_cpus, tmp_path, method):
+    def run(out: str, *, resume: bool = False, **overrides) -> DistilledSet:
+        steps = {} if method == "kmeans" else {"distill.updates": 4, "distill.network.widths": [4, 4], "distill.batch_real": 8}
+        steps |= {"distill.outer_loop": 3, "distill.inner_loop": 1} if method == "dsa" else {}
+        small = {"repeats": 1, "target.steps": 0, "distill.m": 11, "distill.shards": 3, "evaluate.datasets": (), "evaluate.networks": 1,
+                 "evaluate.pretrain.steps": 2, "engine.checkpoint_every": 2}
+        made = load_preset("quickstart", method=method, **small | steps | overrides)
+        assert pipeline.run(made, data="/nowhere", out=str(tmp_path / out), resume=resume, until="distill") == 0
+        return DistilledSet.load(tmp_path / out / "seed-0" / "distilled.safetensors")
+
+    one, three = run("one"), run("three", **{"engine.actors": 3})
+    assert one.fingerprint == three.fingerprint
+    if method != "kmeans":
+        start = DistilledSet.load(tmp_path / "one" / "seed-0" / "start.safetensors")
+        assert not np.array_equal(start.x_syn, one.x_syn) and np.array_equal(start.y_syn, one.y_syn)
+    if method == "dsa":
+        run("resumed", **{"distill.updates": 2})
+        assert run("resumed", resume=True).fingerprint == one.fingerprint
