@@ -32,6 +32,8 @@ class SetSettings(Settings):
     """files that are there (a path or URI; * in the last two parts stands for anything), instead of `preset`"""
     preset: str | None = None
     """the run that makes the sets"""
+    by: str | None = None
+    """how that is distilled, if not by the preset's own method: dsa, dm, ... (as `krrst distill --method`)"""
     settings: dict[str, Any] = {}
     """changes to the preset, by dotted name: ablations"""
     seeds: Annotated[tuple[NonNegative, ...], Field(min_length=1)] = (0,)
@@ -51,6 +53,8 @@ class SetSettings(Settings):
         if self.make != "nothing" and len(given) != 1:
             raise ValueError(f"path = {self.path!r}, preset = {self.preset!r}: give one of them, files that are there or the run that "
                              f"makes them (or make: nothing, for no pre-training)")
+        if self.by is not None and (self.preset is None or self.make != "distilled"):
+            raise ValueError(f"by = {self.by!r}: it says how a preset is distilled, and these sets are not; leave it out")
         if self.path is not None and self.settings:
             raise ValueError(f"settings = {self.settings!r}: they change a preset, and path names files that are there; leave one out")
         return self

@@ -410,6 +410,8 @@ def test_two_methods_do_not_share_results(tmp_path):
 @pytest.mark.parametrize(("entry", "message"), [
     ({"method": "a"}, "give one of them"), ({"method": "a", "path": "x", "preset": "y"}, "give one of them"),
     ({"method": "a", "make": "nothing", "path": "x"}, "has no set"),
+    ({"method": "a", "path": "x", "by": "dm"}, "leave it out"),
+    ({"method": "a", "preset": "y", "make": "all_targets", "by": "dm"}, "leave it out"),
     ({"method": "a", "path": "x", "settings": {"seed": 1}}, "leave one out")])
 def test_a_set_has_one_origin(entry, message):
     with pytest.raises(ConfigError, match=message):
@@ -493,6 +495,8 @@ def test_the_papers_grids_are_the_papers():
         one = load_grid(name)
         assert (one.resolution, one.targets, one.tasks, one.seeds, one.split) == (resolution, targets, ("finetune",), (0, 1, 2), "test")
         assert one.architectures == (NetworkSettings(widths=wide[resolution]),)
+        made_by = {entry.method: config.method for entry in one.sets for config in load_presets(entry)}
+        assert {method: made_by[method] for method in ("DSA", "DM", "KRR-ST")} == {"DSA": "dsa", "DM": "dm", "KRR-ST": "krr_st"}
     figure, kd = load_grid("figure3"), load_grid("table4")
     assert [a.name for a in figure.architectures] == ["vgg11", "alexnet", "mobilenet", "resnet10"] and figure.targets == fine
     assert [a.name for a in kd.architectures] == ["convnet", "vgg11", "alexnet", "mobilenet", "resnet10"]

@@ -55,7 +55,7 @@ def load_presets(entry: SetSettings, gpus: float = 0) -> list[Config]:
     if entry.preset is None:
         return []
     changes = ({"engine.gpus": 1} if gpus else {}) | entry.settings | {"repeats": 1}
-    return [load_preset(entry.preset, **changes | {"seed": seed}) for seed in entry.seeds]
+    return [load_preset(entry.preset, method=entry.by, **changes | {"seed": seed}) for seed in entry.seeds]
 
 
 def given(entry: SetSettings) -> list[GridSet]:
