@@ -23,16 +23,20 @@ from krrst_dist.config import Config, ConfigError, load_preset, parse
 from krrst_dist.data.targets import write_targets
 from krrst_dist.methods.common import real_images as real
 from krrst_dist.methods.common.source import Source
+from krrst_dist.methods.common.unroll import through_steps
 from krrst_dist.methods.dm import mean_distance
 from krrst_dist.methods.dsa import gradient_distance
 from krrst_dist.methods.kmeans import nearest_to_centres
+from krrst_dist.methods.mtt import matching_loss
 from krrst_dist.on_ray import cluster, pipeline, preflight
 from krrst_dist.recipes import PRETRAIN
 
 CLASSES, SIDE, CPU = 3, 8, torch.device("cpu")
 SMALL = {"dm": {"network": {"widths": [4, 4], "norm": "instance"}, "batch_real": 5, "updates": 4},
          "dsa": {"network": {"widths": [4, 4], "norm": "instance"}, "batch_real": 5, "updates": 4, "outer_loop": 3, "inner_loop": 2,
-                 "batch_train": 4}}
+                 "batch_train": 4},
+         "mtt": {"network": {"widths": [4, 4], "norm": "instance"}, "experts": 2, "teacher_epochs": 3, "max_start_epoch": 2,
+                 "expert_epochs": 1, "steps": 3, "teacher_batch": 20, "updates": 4}}
 
 
 def config(method: str, **distill) -> Config:
@@ -78,7 +82,7 @@ def belongs(source: Source, made: DistilledSet) -> np.ndarray:
 
 def test_every_method_has_published_settings_and_a_row_of_its_own():
     methods = [plugins.load(name) for name in plugins.names()]
-    assert {"krr_st", "random", "kmeans", "gaussian", "dsa", "dm"} <= set(plugins.names())
+    assert {"krr_st", "random", "kmeans", "gaussian", "dsa", "dm", "mtt"} <= set(plugins.names())
     assert len({method.title for method in methods}) == len(methods)
     assert all(method.settings().m == 1000 for method in methods)
     dsa, dm = (plugins.load(name).settings() for name in ("dsa", "dm"))
@@ -89,7 +93,7 @@ def test_every_method_has_published_settings_and_a_row_of_its_own():
 def test_the_papers_presets_give_each_method_a_network_that_fits():
     for preset, labelled in {"cifar100": 100, "tinyimagenet": 200, "imagenet64": 1000, "imagenette": 10, "cifar100-cpu": 100,
                              "quickstart": 5}.items():
-        for name in ("dm", "dsa", "random", "kmeans", "gaussian"):
+        for name in ("dm", "dsa", "mtt", "random", "kmeans", "gaussian"):
             made = load_preset(preset, method=name)
             plugins.load(name).check(made, training=400 * labelled, classes=[400] * labelled)
     one = load_preset("imagenet64", method="dsa").distill
@@ -303,6 +307,70 @@ def test_what_is_not_finite_is_named(source):
         shard.check(0)
 
 
+# MTT
+
+
+def trained(source: Source, **distill):
+    """Its part, X_s, alpha, and two experts' weights by chore."""
+    settings, method = config("mtt", **distill), plugins.load("mtt")
+    experts = {chore: method.do(settings, source, chore, device=CPU, alive=lambda: None) for chore in method.chores(settings, source)}
+    begin = method.start(settings, source)
+    return method.part(settings, source, begin, 0, read=experts.get), torch.from_numpy(begin.x_syn), torch.tensor([0.05]), experts, begin
+
+
+def test_mtts_gradient_is_that_of_the_plain_unroll_and_of_finite_differences(source, float64):
+    shard, x, alpha, _, _ = trained(source)
+    x, alpha = x.double(), alpha.double()
+    found = shard.contribute(1, x, alpha)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    for i, (dx, da) in enumerate([(direction, torch.zeros(1)), (torch.zeros_like(x), torch.ones(1))]):
+        losses = [shard.contribute(1, x + e * dx, alpha + e * da).loss for e in (1e-5, -1e-5)]
+        assert (found.gradients[i] * (dx, da)[i]).sum().item() == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-4)
+
+
+def test_steps_that_are_computed_again_give_what_one_graph_gives(float64):
+    a, b, theta = (torch.randn(5, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    seen = []
+
+    def step(i: int, theta: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        seen.append(i)
+        return theta - a * torch.sin(theta * b + i)
+
+    inputs, last = [a.clone().requires_grad_(), b.clone().requires_grad_()], theta
+    for i in range(6):
+        last = step(i, last, *inputs)
+    plain = torch.autograd.grad(last.square().sum(), inputs)
+    seen.clear()
+    loss, gradients = through_steps(step, 6, theta, [a, b], lambda last: last.square().sum())
+    assert loss.item() == pytest.approx(last.square().sum().item()) and seen == [0, 1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 0]
+    torch.testing.assert_close(gradients, plain)
+
+
+def test_a_perfect_students_loss_is_0_and_that_of_one_that_stays_is_1():
+    start, goal = torch.randn(2, 9, dtype=torch.float64)
+    assert (matching_loss(goal, start, goal).item(), matching_loss(start, start, goal).item()) == (0, 1)
+
+
+def test_an_expert_learns_and_its_weights_are_kept_after_every_epoch(source):
+    shard, _, _, experts, _ = trained(source, teacher_epochs=12, teacher_lr=0.1)
+    weights = experts["expert-1"]["weights"]
+    assert weights.shape == (13, shard._student.start.numel()) and not torch.equal(weights[0], experts["expert-0"]["weights"][0])
+    images, labels = source.training_images(np.arange(54)), torch.from_numpy(source.labels)
+    first, last = (shard._student.loss(theta, images, labels).item() for theta in (weights[0], weights[-1]))
+    assert last < first
+
+
+def test_batches_of_a_student_are_parts_of_permutations(source):
+    shard = trained(source, batch=3, steps=5)[0]
+    batches = shard._batches(4)
+    assert [len(rows) for rows in batches] == [3, 3, 1, 3, 3] and sorted(torch.cat(batches[:3]).tolist()) == list(range(7))
+
+
+def test_a_start_without_an_end_is_refused():
+    with pytest.raises(ConfigError, match=r"distill.max_start_epoch = 50: .*epoch 51 of an expert, which has teacher_epochs = 50"):
+        config("mtt", teacher_epochs=50, max_start_epoch=50, expert_epochs=2)
+
+
 # on the engine
 
 
@@ -313,11 +381,14 @@ def three_cpus() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.mark.parametrize("method", ["kmeans", "dm", "dsa"])
+@pytest.mark.parametrize("method", ["kmeans", "dm", "dsa", "mtt"])
 def test_one_and_three_actors_and_a_resumed_run_give_the_same_set(three_cpus, tmp_path, method):
     def run(out: str, *, resume: bool = False, **overrides) -> DistilledSet:
-        steps = {} if method == "kmeans" else {"distill.updates": 4, "distill.network.widths": [4, 4], "distill.batch_real": 8}
+        steps = {} if method == "kmeans" else {"distill.updates": 4, "distill.network.widths": [4, 4]}
+        steps |= {"distill.batch_real": 8} if method in ("dm", "dsa") else {}
         steps |= {"distill.outer_loop": 3, "distill.inner_loop": 1} if method == "dsa" else {}
+        steps |= {"distill.experts": 3, "distill.teacher_epochs": 2, "distill.max_start_epoch": 1, "distill.expert_epochs": 1,
+                  "distill.steps": 2, "distill.lr_x": 10.0} if method == "mtt" else {}
         small = {"repeats": 1, "target.steps": 0, "distill.m": 11, "distill.shards": 3, "evaluate.datasets": (), "evaluate.networks": 1,
                  "evaluate.pretrain.steps": 2, "engine.checkpoint_every": 2}
         made = load_preset("quickstart", method=method, **small | steps | overrides)

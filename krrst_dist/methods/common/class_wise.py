@@ -47,10 +47,7 @@ class ClassWise(Method):
         if classes is not None and m < len(classes):
             raise ConfigError(f"distill.m = {m}: {self.title} goes class by class, and each of the {len(classes)} classes needs an image "
                               f"of its own; take at least {len(classes)}")
-        if config.engine.precision != "float32":
-            raise ConfigError(f"engine.precision = {config.engine.precision!r}: {self.title} computes in float32 alone; leave it out")
-        with torch.device("meta"):
-            network_of(config)
+        check_network(config, self.title)
 
     def start(self, config: Config, source: Source, read: Read | None = None) -> DistilledSet:
         """Random real images of each class."""
@@ -96,6 +93,14 @@ class ClassWisePart(Stateless):
             raise DivergedError(f"update {step}, shard {self.index}: loss {loss:g}, or its gradient, is not finite; a learning rate is too "
                                 f"high (distill.lr_x)")
         return Contribution(loss, (gradient,), images)
+
+
+def check_network(config: Config, title: str) -> None:
+    """Does its network take the resolution, and is float32 asked for? Raises ConfigError."""
+    if config.engine.precision != "float32":
+        raise ConfigError(f"engine.precision = {config.engine.precision!r}: {title} computes in float32 alone; leave it out")
+    with torch.device("meta"):
+        network_of(config)
 
 
 def network_of(config: Config) -> nn.Module:
