@@ -18,6 +18,7 @@ import krrst_dist
 from krrst_dist.algorithm import PoolMember, meta_gradient
 from krrst_dist.bench import main, measure
 from krrst_dist.bench.engine import bench_engine
+from krrst_dist.bench.methods import bench_methods
 from krrst_dist.bench.problem import Problem
 from krrst_dist.bench.serial import bench_serial
 from krrst_dist.bench.step import bench_step
@@ -198,3 +199,11 @@ def test_the_serial_run_ends_with_a_transfer_table_and_its_files(tmp_path, capsy
     assert "| KRR-ST |" in printed and "digits-5-9, fine-tuned" in printed and "20 updates" in printed
     assert len(krrst_dist.load(tmp_path / "distilled.safetensors")) == 20
     assert load_target(tmp_path / "target.safetensors", resolution=16).feature_dim == 256
+
+
+def test_every_method_that_learns_is_timed_at_equal_m(capsys):
+    costs = bench_methods(preset="quickstart", m=10, classes=5, of_class=20, rounds=2)
+    shown = capsys.readouterr().out
+    assert list(costs) == ["krr_st", "dsa", "dm", "mtt"]
+    assert all(len(cost.seconds) == 2 and min(cost.seconds) > 0 and cost.memory > 0 for cost in costs.values())
+    assert all(f"| {title} | 10 |" in shown for title in ("KRR-ST", "DSA", "DM", "MTT"))

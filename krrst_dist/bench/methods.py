@@ -1,0 +1,109 @@
+"""`krrst bench methods`: seconds and memory of one outer step of each method that has any, at equal m, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from krrst_dist import plugins, seeds
+from krrst_dist.artifacts import Space
+from krrst_dist.bench import measure
+from krrst_dist.bench.problem import MEAN, STD, Problem
+from krrst_dist.config import Config, load_preset
+
+
+class RandomSource:
+    """Random images of so many classes, as a `Source`, as far as methods with labels read one."""
+
+    class_names = None
+    space = Space("normalised", MEAN, STD)
+
+    def __init__(self, config: Config, classes: int, of_class: int) -> None:
+        self._side = config.source.resolution
+        self.training = np.arange(classes * of_class)
+        self.labels = self.training % classes
+        self.classes = tuple(np.arange(label, len(self.training), classes) for label in range(classes))
+
+    @cached_property
+    def _images(self) -> Tensor:
+        return torch.randn(256, 3, self._side, self._side, generator=seeds.torch_rng(0, "bench images"))
+
+    def training_images(self, rows: np.ndarray) -> Tensor:
+        """[n, C, H, W]; the same 256 again and again."""
+        return self._images[torch.from_numpy(np.asarray(rows)) % 256]
+
+    def some_of_class(self, label: int, count: int, *, seed: int, purpose: str, step: int) -> Tensor:
+        """The first `count` of a class."""
+        return self.training_images(self.classes[label][:count])
+
+
+@dataclass(frozen=True)
+class MethodCost:
+    """Seconds of each step after the first, and bytes that steps need beyond the data."""
+
+    seconds: list[float]
+    memory: int
+
+
+def outer_step(config: Config, classes: int, of_class: int, device: str) -> Callable[[], None]:
+    """One outer step of a method that learns, on random images: what all its shards do, one after the other."""
+    method = plugins.load(config.method)
+    if method.needs_targets(config.distill):
+        return Problem(config, device).ours()
+    source = RandomSource(config, classes, of_class)
+    start = method.start(config, source, None)
+    stored: dict[str, dict[str, Tensor]] = {}
+
+    def read(chore: str) -> dict[str, Tensor]:
+        if chore not in stored:  # an expert that moves a little in every epoch
+            p = parts[0]._student.start
+            moves = torch.randn(config.distill.teacher_epochs + 1, len(p), generator=seeds.torch_rng(0, chore)) * 1e-3
+            stored[chore] = {"weights": p.cpu() + moves.cumsum(0)}
+        return stored[chore]
+
+    parts = [method.part(config, source, start, s, read=read, device=torch.device(device)) for s in range(config.distill.shards)]
+    outer = method.outer(config, start, horizon=config.distill.horizon)
+
+    def step() -> None:
+        now = outer.steps
+        update = method.combine([part.contribute(now, *outer.values) for part in parts])
+        outer.step(*(gradient.cpu() for gradient in update.gradients))
+        for part in parts:
+            part.advance(now, *outer.values)
+
+    return step
+
+
+def bench_methods(*, preset: str = "cifar100-cpu", methods: tuple[str, ...] = ("krr_st", "dsa", "dm", "mtt"), m: int | None = None,
+                  classes: int = 100, of_class: int = 480, rounds: int = 3, threads: int = 1, device: str = "cpu") -> dict[str, MethodCost]:
+    """Time outer steps of several methods in turns, after one each that is not timed, and measure their peak memory.
+
+    Args:
+        preset: whose sizes and settings.
+        methods: that learn.
+        m: synthetic images of all of them, instead of the preset's.
+        classes: of the source.
+        of_class: training images of each.
+        rounds: steps of each that are timed.
+        threads: CPU threads.
+        device: cpu, cuda, cuda:1, ...
+    """
+    changes = {"distill.m": m} if m else {}
+    builds = {name: partial(outer_step, load_preset(preset, method=name, **changes), classes, of_class, device) for name in methods}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        times = measure.in_turns({name: build() for name, build in builds.items()}, rounds + 1, device)
+    finally:
+        torch.set_num_threads(before)
+    costs = {name: MethodCost(times[name][1:], measure.peak_memory(build, device, threads)) for name, build in builds.items()}
+    print("\n".join([measure.circumstances(device, threads), "", "| one outer step | m | seconds: median (least-most) | peak memory |",
+                     "| --- | ---: | --- | ---: |",
+                     *(f"| {plugins.load(name).title} | {builds[name].args[0].distill.m} | {measure.spread(cost.seconds)} | "
+                       f"{cost.memory / 2**30:.2f} GiB |" for name, cost in costs.items())]))
+    return costs
