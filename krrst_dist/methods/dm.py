@@ -14,11 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from krrst_dist import seeds
-from krrst_dist.artifacts import DistilledSet
-from krrst_dist.config import Config, Positive
+from krrst_dist.config import Positive
 from krrst_dist.methods.common.class_wise import ClassWise, ClassWisePart, ClassWiseSettings, network_of
-from krrst_dist.methods.common.protocol import Read
-from krrst_dist.methods.common.source import Source
 
 
 class DMSettings(ClassWiseSettings):
@@ -56,11 +53,7 @@ class DM(ClassWise):
 
     title = "DM"
     settings = DMSettings
-
-    def part(self, config: Config, source: Source, start: DistilledSet, index: int, *, read: Read | None = None,
-             device: torch.device | str = "cpu") -> DMPart:
-        """The classes of shard `index`."""
-        return DMPart(config, source, start, index, torch.device(device))
+    shard = DMPart
 
 
 METHOD = DM()

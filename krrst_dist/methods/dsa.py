@@ -21,7 +21,7 @@ from krrst_dist.artifacts import DistilledSet
 from krrst_dist.augment.diff_augment import diff_augment
 from krrst_dist.config import Config, Positive
 from krrst_dist.methods.common.class_wise import ClassWise, ClassWisePart, ClassWiseSettings, network_of
-from krrst_dist.methods.common.protocol import Read, Tensors
+from krrst_dist.methods.common.protocol import Tensors
 from krrst_dist.methods.common.source import Source
 
 
@@ -123,11 +123,7 @@ class DSA(ClassWise):
 
     title = "DSA"
     settings = DSASettings
-
-    def part(self, config: Config, source: Source, start: DistilledSet, index: int, *, read: Read | None = None,
-             device: torch.device | str = "cpu") -> DSAPart:
-        """The classes of shard `index`, and theta."""
-        return DSAPart(config, source, start, index, torch.device(device))
+    shard = DSAPart
 
 
 METHOD = DSA()

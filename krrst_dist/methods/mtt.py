@@ -2,7 +2,8 @@
 
 Experts are networks trained on the real images, with their weights stored after every epoch: chores, which the engine
 spreads. A student starts from an expert's weights and takes N plain gradient steps on the synthetic images; it is to arrive where the
-expert was some epochs later. Its step size alpha is learned, too.
+expert was some epochs later. Its step size alpha is learned, too. The last images are kept; the authors keep those that did
+best on the test set.
 """
 
 from __future__ import annotations

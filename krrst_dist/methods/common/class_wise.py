@@ -7,6 +7,7 @@ Knows how a class is read and augmented; what the term is, the method says.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ class ClassWise(Method):
     """Starts as real images with their labels; learns X_s by SGD with momentum. Its settings have `lr_x` and `momentum`."""
 
     settings = ClassWiseSettings
+    shard: ClassVar[type[ClassWisePart]]
 
     def needs_labels(self, settings: MethodSettings) -> bool:
         """Its loss goes by classes."""
@@ -57,6 +59,11 @@ class ClassWise(Method):
         """SGD with a constant learning rate on X_s, in the normalised space; its momentum is kept over the whole run."""
         return Outer({"x_syn": torch.from_numpy(start.x_syn)}, lr={"x_syn": config.distill.lr_x},
                      optimizer=lambda groups: torch.optim.SGD(groups, momentum=config.distill.momentum))
+
+    def part(self, config: Config, source: Source, start: DistilledSet, index: int, *, read: Read | None = None,
+             device: torch.device | str = "cpu") -> ClassWisePart:
+        """The classes of shard `index`."""
+        return self.shard(config, source, start, index, torch.device(device))
 
 
 class ClassWisePart(Stateless):
