@@ -79,7 +79,7 @@ def outer_step(config: Config, classes: int, of_class: int, device: str) -> Call
     return step
 
 
-def bench_methods(*, preset: str = "cifar100-cpu", methods: tuple[str, ...] = ("krr_st", "dsa", "dm", "mtt"), m: int | None = None,
+def bench_methods(*, preset: str = "cifar100-cpu", methods: tuple[str, ...] = ("krr_st", "dsa", "dm", "mtt", "kip"), m: int | None = None,
                   classes: int = 100, of_class: int = 480, rounds: int = 3, threads: int = 1, device: str = "cpu") -> dict[str, MethodCost]:
     """Time outer steps of several methods in turns, after one each that is not timed, and measure their peak memory.
 
