@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,12 +89,28 @@ def whole(tmp_path_factory) -> Path:
     model = out / "target.safetensors"
     config = load_preset("quickstart", **{"target.network.widths": [4, 8, 8], "target.steps": 0})
     save_target(model, untrained(config.target, resolution=16), config.target.network, resolution=16, about={})
-    sets = [NOTHING, *({"method": kind, "path": a_set(out / f"{kind}.safetensors", kind, seed=i)}
-                       for i, kind in enumerate(("features", "soft", "class")))]
-    status = run(out / "run", sets, tasks=["finetune", "probe", "knn", "kd", "fid"], seeds=[0, 1], split="validation",
+    for i, kind in enumerate(KINDS):
+        a_set(out / f"{kind}.safetensors", kind, seed=i)
+    status = run(out / "run", [NOTHING, *sets_of(out)], tasks=["finetune", "probe", "knn", "kd", "fid"], **SEEDS_AND_SPLIT,
                  label_fractions={"probe": [1, 0.1]}, fid={"network": str(model)})
     assert status == 0
     return out / "run"
+
+
+KINDS = ("features", "soft", "class")
+SEEDS_AND_SPLIT: dict[str, Any] = {"seeds": [0, 1], "split": "validation"}
+"""of `whole`"""
+
+
+def sets_of(folder: Path, *kinds: str) -> list[dict[str, Any]]:
+    """The sets of `whole`, which lie in the folder above it."""
+    return [{"method": kind, "path": str(folder / f"{kind}.safetensors")} for kind in kinds or KINDS]
+
+
+def with_networks_of(whole: Path, out: Path) -> Path:
+    """A folder for another grid, in which the networks of `whole` are trained already."""
+    shutil.copytree(whole / "models", out / "models")
+    return out
 
 
 def test_every_combination_that_the_tasks_ask_for_is_a_cell(whole):
@@ -134,15 +151,17 @@ def test_learning_curves_are_in_tunes_records(whole):
 
 def test_the_same_grid_started_again_computes_nothing_and_says_so_unless_asked(whole, capsys):
     before = files(whole, "results")
-    sets = [NOTHING, {"method": "class", "path": str(whole.parent / "class.safetensors")}]
-    assert run(whole, sets, seeds=[0, 1], split="validation") == 0
+    sets = [NOTHING, *sets_of(whole.parent, "class")]
+    assert run(whole, sets, **SEEDS_AND_SPLIT) == 0
     assert files(whole, "results") == before
     assert "4 cells, 4 finished before" in capsys.readouterr().out
-    assert run(whole, sets, seeds=[0], split="validation", recompute=True) == 0
+    renamed = [NOTHING, {"method": "of classes", "path": sets[1]["path"]}]
+    assert run(whole, renamed, seeds=[0], split="validation", recompute=True) == 0
     assert len(files(whole, "results")) == len(before) + 2
-    values = {r["value"] for attempts in [ResultStore(whole / "results").read(all_attempts=True).to_pylist()] for r in attempts
-              if (r["method"], r["task"], r["metric"], r["evaluation_seed"]) == ("class", "finetune", "accuracy", 0)}
-    assert len(values) == 1  # the same number again
+    cell = {r["cell"] for r in rows(whole, method="of classes")}
+    values = [(r["method"], r["value"]) for r in ResultStore(whole / "results").read(all_attempts=True).to_pylist()
+              if r["cell"] in cell and r["metric"] == "accuracy"]
+    assert {method for method, _ in values} == {"class", "of classes"} and len({value for _, value in values}) == 1 == len(cell)
 
 
 def test_another_recipe_split_or_seed_is_another_cell(tmp_path):
@@ -244,14 +263,14 @@ def test_a_set_that_two_grids_want_at_once_is_made_once(tmp_path, monkeypatch):
 def test_a_training_that_diverges_is_marked_and_the_others_go_on(tmp_path):
     sets = [{"method": "wild", "path": a_set(tmp_path / "a.safetensors", lr=1e30, steps=20)},
             {"method": "tame", "path": a_set(tmp_path / "b.safetensors", seed=1)}]
-    assert run(tmp_path / "run", sets) == 0
-    wild, = rows(tmp_path / "run", method="wild")
-    assert (wild["status"], wild["metric"], wild["value"]) == ("diverged", "train_loss", None)
-    assert "pre-training diverged" in wild["error"] and "lower the learning rate" in wild["error"]
-    assert {r["status"] for r in rows(tmp_path / "run", method="tame")} == {"ok"}
-    assert run(tmp_path / "again", sets[1:], finetune={"steps": 60, "batch": 32, "lr": 1e30}) == 0
-    row, = rows(tmp_path / "again")
+    assert run(tmp_path / "run", sets, tasks=["finetune", "knn"], finetune={"steps": 60, "batch": 32, "lr": 1e30}) == 0
+    for task in ("finetune", "knn"):
+        wild, = rows(tmp_path / "run", method="wild", task=task)
+        assert (wild["status"], wild["metric"], wild["value"]) == ("diverged", "train_loss", None)
+        assert "pre-training diverged" in wild["error"] and "lower the learning rate" in wild["error"]
+    row, = rows(tmp_path / "run", method="tame", task="finetune")
     assert (row["status"], row["metric"]) == ("diverged", "train_loss") and "the training loss is" in row["error"]
+    assert {r["status"] for r in rows(tmp_path / "run", method="tame", task="knn")} == {"ok"}
 
 
 def test_a_set_that_cannot_be_made_is_told_and_the_others_go_on(tmp_path, monkeypatch, capsys):
@@ -260,38 +279,41 @@ def test_a_set_that_cannot_be_made_is_told_and_the_others_go_on(tmp_path, monkey
 
     monkeypatch.setattr(grid, "make", diverges)
     monkeypatch.setattr(provenance, "revision", lambda: Revision("c0ffee", False))  # in this process alone
-    sets = [{"method": "wild", "preset": "quickstart"}, {"method": "tame", "path": a_set(tmp_path / "a.safetensors")}]
-    assert run(tmp_path / "run", sets) == 1
-    assert {(r["method"], r["status"]) for r in rows(tmp_path / "run")} == {("tame", "ok")}
+    assert run(tmp_path / "run", [{"method": "wild", "preset": "quickstart"}, NOTHING]) == 1
+    assert {(r["method"], r["status"]) for r in rows(tmp_path / "run")} == {("from scratch", "ok")}
     assert {r["commit"] for r in rows(tmp_path / "run")} == {"c0ffee"}, "of the code as the grid was started, whoever wrote the row"
     assert "no set for wild, seed 0: the loss is nan; its cells are missing" in capsys.readouterr().out
 
 
-def test_a_trial_that_fails_is_tried_again_then_recorded_and_the_others_go_on(tmp_path, capsys):
-    sets = [{"method": name, "path": a_set(tmp_path / f"{name}.safetensors", seed=i)} for i, name in enumerate(("broken", "fine"))]
-    assert run(tmp_path / "run", sets[:1]) == 0
-    encoder, = (tmp_path / "run" / "models").iterdir()
-    whole = encoder.read_bytes()
-    encoder.write_bytes(b"damaged")
-    assert run(tmp_path / "run", sets, seeds=[0], finetune={"steps": 4, "batch": 32}, retries=1) == 1
-    failed, = rows(tmp_path / "run", method="broken", status="failed")
-    assert failed["metric"] == "" and failed["value"] is None and encoder.name in failed["error"] and "Traceback" not in failed["error"]
-    assert {r["status"] for r in rows(tmp_path / "run", method="fine")} == {"ok"}
-    errors = list((tmp_path / "run" / "tune").glob("cells-*/*/error.txt"))
+def test_a_trial_that_fails_is_tried_again_then_recorded_and_the_others_go_on(whole, tmp_path):
+    out, sets = with_networks_of(whole, tmp_path / "run"), [NOTHING, *sets_of(whole.parent, "soft")]
+    encoders = {path: path.read_bytes() for path in (out / "models").glob("encoder-*")}
+    for path in encoders:
+        path.write_bytes(b"damaged")
+    assert run(out, sets, retries=1) == 1
+    failed, = rows(out, method="soft", status="failed")
+    encoder, = (path for path in encoders if path.name in failed["error"])
+    assert failed["metric"] == "" and failed["value"] is None and "Traceback" not in failed["error"]
+    assert {r["status"] for r in rows(out, method="from scratch")} == {"ok"}
+    errors = list((out / "tune").glob("cells-*/*/error.txt"))
     assert len(errors) == 1 and errors[0].read_text().count("ArtifactError: ") >= 2  # one attempt, and another
-    encoder.write_bytes(whole)
-    assert run(tmp_path / "run", sets, finetune={"steps": 4, "batch": 32}) == 0  # what failed is done again
-    assert {r["status"] for r in rows(tmp_path / "run", method="broken")} == {"ok"}
+    encoder.write_bytes(encoders[encoder])
+    assert run(out, sets) == 0  # what failed is done again
+    assert {r["status"] for r in rows(out, method="soft")} == {"ok"}
 
 
 def command(out: Path, file: Path) -> list[str]:
     return [sys.executable, "-m", "krrst_dist.cli", "grid", "--grid", str(file), "--out", str(out)]
 
 
-def test_a_grid_killed_at_any_moment_and_started_again_redoes_only_what_was_not_finished(tmp_path):
-    sets = [{"method": f"m{i}", "path": a_set(tmp_path / f"{i}.safetensors", seed=i)} for i in range(3)]
-    file = tmp_path / "grid.yaml"
-    file.write_text(yaml.safe_dump(SMALL | {"sets": sets, "seeds": [0, 1]}))
+def on_this_cluster() -> dict[str, str]:
+    """The environment of a process that joins the cluster of this file's tests."""
+    return os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "RAY_AUTH_MODE": "token"}
+
+
+def test_a_grid_killed_at_any_moment_and_started_again_redoes_only_what_was_not_finished(whole, tmp_path):
+    sets, file = sets_of(whole.parent), tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump(SMALL | SEEDS_AND_SPLIT | {"sets": sets}))
     stopped = subprocess.Popen(command(tmp_path / "run", file), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in stopped.stdout:
         if line.startswith("networks 1/6"):
@@ -300,23 +322,26 @@ def test_a_grid_killed_at_any_moment_and_started_again_redoes_only_what_was_not_
     _, complaints = stopped.communicate(timeout=60)
     assert stopped.returncode == 130 and "the same command goes on" in complaints and "Traceback" not in complaints
     assert rows(tmp_path / "run") == []  # nothing is called failed that was only stopped
-    killed = subprocess.Popen(command(tmp_path / "run", file), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    killed = subprocess.Popen(command(tmp_path / "run", file), stdout=subprocess.PIPE, text=True, env=on_this_cluster())
     for line in killed.stdout:
         if line.startswith("cells 2/6"):
             break
-    os.killpg(killed.pid, signal.SIGKILL)
+    killed.kill()
     killed.wait()
-    time.sleep(3)  # the cluster goes with its driver
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != 2:  # its trials go with it
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     done = set(files(tmp_path / "run", "results"))
     models = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "models").iterdir()}
     assert 2 <= len([name for name in done if name.endswith(".parquet") and not name.startswith(".")]) < 6 and len(models) == 6
-    assert run(tmp_path / "run", sets, seeds=[0, 1]) == 0
+    assert run(tmp_path / "run", sets, **SEEDS_AND_SPLIT) == 0
     after = [name for name in files(tmp_path / "run", "results") if not name.startswith(".")]
     assert len(after) == 6 and done <= set(files(tmp_path / "run", "results"))
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "models").iterdir()} == models
-    assert run(tmp_path / "undisturbed", sets, seeds=[0, 1]) == 0
-    values = [{(r["cell"], r["metric"]): r["value"] for r in rows(tmp_path / name)} for name in ("run", "undisturbed")]
-    assert values[0] == values[1]
+    undisturbed = {(r["cell"], r["metric"]): r["value"] for r in rows(whole)}
+    found = {(r["cell"], r["metric"]): r["value"] for r in rows(tmp_path / "run")}
+    assert len({cell for cell, _ in found}) == 6 and found.items() <= undisturbed.items()
 
 
 def test_two_grids_on_one_store_at_once_lose_nothing(tmp_path):
@@ -324,27 +349,26 @@ def test_two_grids_on_one_store_at_once_lose_nothing(tmp_path):
     grids = [[{"method": str(i), "path": paths[i]} for i in pair] for pair in ((0, 1), (1, 2))]
     file = tmp_path / "other.yaml"
     file.write_text(yaml.safe_dump(SMALL | {"sets": grids[1]}))
-    with subprocess.Popen(command(tmp_path / "run", file), stdout=subprocess.DEVNULL) as other:
+    with subprocess.Popen(command(tmp_path / "run", file), stdout=subprocess.DEVNULL, env=on_this_cluster()) as other:
         assert run(tmp_path / "run", grids[0]) == 0
     assert other.returncode == 0
     assert {(r["method"], r["status"]) for r in rows(tmp_path / "run")} == {(name, "ok") for name in "012"}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
-def test_a_full_disk_is_told_leaves_no_half_written_row_and_loses_nothing_that_was_there(tmp_path):
-    one = [{"method": "a", "path": a_set(tmp_path / "a.safetensors")}]
-    results = tmp_path / "run" / "results"
-    results.mkdir(parents=True)
+def test_a_full_disk_is_told_leaves_no_half_written_row_and_loses_nothing_that_was_there(whole, tmp_path):
+    out, one = with_networks_of(whole, tmp_path / "run"), sets_of(whole.parent, "soft")
+    models, results = files(out, "models"), out / "results"
+    results.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", results], check=True)
     try:
         with pytest.raises(StorageError, match="No space left on device; check .* the free space"):
-            run(tmp_path / "run", one, retries=0)
+            run(out, one, retries=0)
         assert list(results.iterdir()) == []
     finally:
         subprocess.run(["umount", results], check=True)
-    models = files(tmp_path / "run", "models")
-    assert run(tmp_path / "run", one) == 0 and files(tmp_path / "run", "models") == models
-    assert {r["status"] for r in rows(tmp_path / "run")} == {"ok"}
+    assert run(out, one) == 0 and files(out, "models") == models
+    assert {r["status"] for r in rows(out)} == {"ok"}
 
 
 # what is refused
@@ -394,17 +418,14 @@ def test_lists_and_names_are_not_empty(changes):
         Grid(**SMALL | {"sets": [NOTHING]} | changes)
 
 
-def test_two_methods_do_not_share_results(tmp_path):
+def test_two_methods_do_not_share_results(whole, tmp_path):
     with pytest.raises(ConfigError, match="methods 'from scratch' and 'Gaussian' are the same in all but their names"):
         Grid(**SMALL | {"sets": [NOTHING, NOTHING | {"method": "Gaussian"}]})
     paths = [a_set(tmp_path / f"{name}.safetensors") for name in "ab"]
     twice = [{"method": method, "path": path} for method, path in zip("ab", paths, strict=True)]
     refused(tmp_path, ConfigError, "methods 'a' and 'b' have the same set", twice)
-    assert run(tmp_path / "run", [{"method": "a", "path": paths[0]}]) == 0
-    renamed = [{"method": "b", "path": paths[0]}]
-    with pytest.raises(ConfigError, match="method 'b' has results in .* under the name 'a'; keep that name, give --recompute"):
-        run(tmp_path / "run", renamed)
-    assert run(tmp_path / "run", renamed, recompute=True) == 0 and {r["method"] for r in rows(tmp_path / "run")} == {"b"}
+    with pytest.raises(ConfigError, match="method 'b' has results in .* under the name 'soft'; keep that name, give --recompute"):
+        run(whole, [{"method": "b", "path": str(whole.parent / "soft.safetensors")}], **SEEDS_AND_SPLIT)
 
 
 @pytest.mark.parametrize(("entry", "message"), [
@@ -427,10 +448,9 @@ def test_sets_that_do_not_fit_or_are_not_there_are_refused(tmp_path):
 
 
 def test_a_pattern_stands_for_every_seeds_file(tmp_path):
-    for seed in (3, 4):
-        a_set(tmp_path / "runs" / f"seed-{seed}" / "distilled.safetensors", seed=seed)
-    assert run(tmp_path / "run", [{"method": "a", "path": str(tmp_path / "runs" / "seed-*" / "distilled.safetensors")}]) == 0
-    assert {r["distillation_seed"] for r in rows(tmp_path / "run")} == {3, 4}
+    paths = [a_set(tmp_path / "runs" / f"seed-{seed}" / "distilled.safetensors", seed=seed) for seed in (3, 4)]
+    found = given(SetSettings(method="a", path=str(tmp_path / "runs" / "seed-*" / "distilled.safetensors")))
+    assert sorted((one.seed, one.path) for one in found) == [(3, paths[0]), (4, paths[1])]
 
 
 def test_a_target_without_its_test_split_is_refused(tmp_path):
