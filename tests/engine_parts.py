@@ -118,5 +118,5 @@ if __name__ == "__main__":
     directory, updates, address = sys.argv[1:]
     torch.set_num_threads(1)
     ray.init(address=address, logging_level="warning", log_to_driver=False)
-    settings = config(updates=int(updates), actors=2, checkpoint_every=3)
+    settings = config(updates=int(updates), checkpoint_every=3)
     run(settings, directory, build=Parts(settings, slow=0.02), resume=True)

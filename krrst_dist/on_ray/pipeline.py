@@ -7,7 +7,7 @@ first stage that is not finished. Knows the order of the stages and where their 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -16,6 +16,7 @@ import yaml
 from krrst_dist import paths, storage
 from krrst_dist.config import DEFAULT_METHOD, Config
 from krrst_dist.data.prepared import Prepared
+from krrst_dist.data.readers import Images
 from krrst_dist.data.sources import open_images
 from krrst_dist.on_ray import cluster, preflight, report, targets
 from krrst_dist.on_ray.coordinator import sigterm_as_interrupt
@@ -46,6 +47,7 @@ def run_stages(config: Config, places: Places, *, resume: bool = False, wait: bo
     for seed in seeds(config) if until in ("distill", "evaluate") else ():
         check_resume(config.model_copy(update={"seed": seed}), seed_directory(places.out, seed), resume=resume, data=None)
     storage.check_writable(places.out)
+    images = _found(config, places, until=until)
     clock = Clock()
     if until != "prepare":
         with clock("start Ray"):
@@ -53,7 +55,7 @@ def run_stages(config: Config, places: Places, *, resume: bool = False, wait: bo
             cluster.require(config.engine.threads, config.engine.gpus, config.engine.actors, wait=wait)
 
     with clock("prepare"):
-        betons = _prepare(config, places, until=until, wait=wait, on_bad_image=on_bad_image)
+        betons = _prepare(config, places, images, until=until, wait=wait, on_bad_image=on_bad_image)
     source = betons[config.source.dataset, "train"]
     if until == "prepare":
         print("\n".join(f"prepared         {beton.path}" for beton in betons.values()))
@@ -81,23 +83,29 @@ def run_stages(config: Config, places: Places, *, resume: bool = False, wait: bo
     return 0
 
 
-def _prepare(config: Config, places: Places, *, until: Stage, wait: bool, on_bad_image: Literal["stop", "skip"]
-             ) -> dict[preflight.Split, Prepared]:
-    """The betons that the stages up to `until` read; they are found, and everything is checked, before the first is prepared."""
+def _found(config: Config, places: Places, *, until: Stage) -> dict[preflight.Split, Images]:
+    """The images that the stages up to `until` read, and what is wrong with the settings for them."""
     probed = config.evaluate.datasets if until == "evaluate" else ()
-    first: preflight.Split = (config.source.dataset, "train")
-    splits = dict.fromkeys([first, *((name, split) for name in probed for split in ("train", "test"))])
+    source = config.source.dataset, "train"
+    splits = dict.fromkeys([source, *((name, split) for name in probed for split in ("train", "test"))])
     images = {split: open_images(*split, places.data) for split in splits}
-    distils = until in ("distill", "evaluate")
+    distils, labelled = until in ("distill", "evaluate"), images[source].labelled
     if distils:
-        preflight.check_labels(config, images[first].labelled)
-    preflight.check_images(config, len(images[first]), distils=distils, labels=images[first].labels if images[first].labelled else None)
+        preflight.check_labels(config, labelled)
+    preflight.check_images(config, len(images[source]), distils=distils, labels=images[source].labels if labelled else None)
+    return images
+
+
+def _prepare(config: Config, places: Places, images: Mapping[preflight.Split, Images], *, until: Stage, wait: bool,
+             on_bad_image: Literal["stop", "skip"]) -> dict[preflight.Split, Prepared]:
+    """The betons of all images; the room for the target's training is looked for before the first is prepared."""
+    source, distils = (config.source.dataset, "train"), until in ("distill", "evaluate")
     if until == "target" or (distils and preflight.needs_targets(config)):
         cached = places.cache.remote or str(places.cache.local)
-        preflight.check_room_for_target(config, images[first], cached, on_bad_image=on_bad_image, wait=wait)
+        preflight.check_room_for_target(config, images[source], cached, on_bad_image=on_bad_image, wait=wait)
     how = {"resolution": config.source.resolution, "resize": config.source.resize, "on_bad_image": on_bad_image}
     betons = {split: prepared_split(*split, places, images=found, **how) for split, found in images.items()}
-    preflight.check_images(config, betons[first].count, distils=distils)  # again: bad images may have been skipped
+    preflight.check_images(config, betons[source].count, distils=distils)  # again: bad images may have been skipped
     return betons
 
 
