@@ -112,11 +112,18 @@ def test_loss_learning_rate_time_and_probe_are_logged_without_a_gap_where_the_wo
     assert log.Scalars("target/lr")[0].value == pytest.approx(5e-3 / 2)
 
 
-def test_two_workers_learn_the_same_weights_up_to_rounding(source, tmp_path):
+def test_two_workers_beside_another_cluster_find_their_own_and_learn_the_same_weights_up_to_rounding(source, tmp_path, capfd):
     config = settings(workers=2)
-    one, start = flat(without_ray(config, source)), flat(untrained(config.target, resolution=16))
-    two = flat(load_target(train_target(config, source, Cache(tmp_path)), resolution=16))
+    program = "import ray, sys; ray.init(address='local', num_cpus=1, include_dashboard=False); print('up', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        one, start = flat(without_ray(config, source)), flat(untrained(config.target, resolution=16))
+        assert any(line == "up\n" for line in iter(other.stdout.readline, ""))
+        two = flat(load_target(train_target(config, source, Cache(tmp_path)), resolution=16))
+        time.sleep(2)  # lines of workers arrive late
+        other.communicate("")
     assert (one - two).abs().max() < 1e-3 * (one - start).abs().max()
+    said = "".join(capfd.readouterr())
+    assert "target: 12 steps done" in said and "multiple active Ray instances" not in said and "Traceback" not in said
 
 
 def test_a_finished_target_is_used_again_and_another_setting_makes_another_one(target, source, capfd):
@@ -132,17 +139,6 @@ def test_a_training_that_diverges_stops_with_the_step_and_is_not_tried_again(sou
     with pytest.raises(DivergedError, match="step .*lower target.lr"):
         train_target(settings(lr=1e30, warmup_steps=0), source, Cache(tmp_path))
     assert not list(tmp_path.glob("*.safetensors"))
-
-
-def test_a_training_beside_another_cluster_on_the_machine_finds_its_own(source, tmp_path, capfd):
-    program = "import ray, sys; ray.init(address='local', num_cpus=1, include_dashboard=False); print('up', flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert any(line == "up\n" for line in iter(other.stdout.readline, ""))
-        train_target(settings(seed=9), source, Cache(tmp_path))
-        time.sleep(2)  # lines of workers arrive late
-        other.communicate("")
-    said = "".join(capfd.readouterr())
-    assert "target: 12 steps done" in said and "multiple active Ray instances" not in said and "Traceback" not in said
 
 
 def test_sigterm_while_a_target_is_trained_ends_with_status_130_and_the_checkpoint_kept(tmp_path):
