@@ -6,21 +6,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import ray
 import torch
 import torch.nn.functional as F
-from betons import Items, prepared_beton, real_images
+from method_parts import CLASSES, SIDE, method_config, small_source
 
 from krrst_dist import networks, plugins, seeds
 from krrst_dist.algorithm import DivergedError, total
 from krrst_dist.artifacts import DistilledSet
 from krrst_dist.augment.diff_augment import diff_augment
-from krrst_dist.config import Config, ConfigError, load_preset, parse
-from krrst_dist.data.targets import write_targets
+from krrst_dist.config import Config, ConfigError, load_preset
 from krrst_dist.methods.common import real_images as real
 from krrst_dist.methods.common.source import Source
 from krrst_dist.methods.common.unroll import through_steps
@@ -31,7 +29,7 @@ from krrst_dist.methods.mtt import matching_loss
 from krrst_dist.on_ray import cluster, pipeline, preflight
 from krrst_dist.recipes import PRETRAIN
 
-CLASSES, SIDE, CPU = 3, 8, torch.device("cpu")
+CPU = torch.device("cpu")
 SMALL = {"dm": {"network": {"widths": [4, 4], "norm": "instance"}, "batch_real": 5, "updates": 4},
          "dsa": {"network": {"widths": [4, 4], "norm": "instance"}, "batch_real": 5, "updates": 4, "outer_loop": 3, "inner_loop": 2,
                  "batch_train": 4},
@@ -40,22 +38,12 @@ SMALL = {"dm": {"network": {"widths": [4, 4], "norm": "instance"}, "batch_real":
 
 
 def config(method: str, **distill) -> Config:
-    return parse({"preset": "test", "method": method, "seed": distill.pop("seed", 0),
-                  "source": {"dataset": "cifar100", "resolution": SIDE, "held_out": 6},
-                  "distill": {"m": 7} | SMALL.get(method, {}) | distill, "evaluate": {"pretrain": {"steps": 9, "batch": 5}}})
+    return method_config(method, **SMALL.get(method, {}) | distill)
 
 
 @pytest.fixture(scope="module")
 def source(shared_data, tmp_path_factory) -> Source:
-    """60 CIFAR-100 images, called three classes, with a side file of 12 numbers each."""
-    images = real_images(shared_data / "cifar100-test.parquet", 60, SIDE)
-    folder = tmp_path_factory.mktemp("methods")
-    prepared = replace(prepared_beton(folder / "images.beton", Items(images.pixels, np.arange(60) % CLASSES), "raw"),
-                       class_names=("a", "b", "c"))
-    prepared.save()
-    write_targets(folder / "targets.npy", prepared, lambda images: images[:, :, ::4, ::4].float().flatten(1), target_fingerprint="pixels",
-                  views=0, view_seed=0, statistics_over=None, progress=False)
-    return Source.open(config("random"), prepared.path, folder / "targets.npy")
+    return small_source(shared_data, tmp_path_factory.mktemp("methods"))
 
 
 @pytest.fixture
@@ -82,7 +70,7 @@ def belongs(source: Source, made: DistilledSet) -> np.ndarray:
 
 def test_every_method_has_published_settings_and_a_row_of_its_own():
     methods = [plugins.load(name) for name in plugins.names()]
-    assert {"krr_st", "random", "kmeans", "gaussian", "dsa", "dm", "mtt", "kip"} <= set(plugins.names())
+    assert {"krr_st", "random", "kmeans", "gaussian", "dsa", "dm", "mtt", "kip", "frepo"} <= set(plugins.names())
     assert len({method.title for method in methods}) == len(methods)
     assert all(method.settings().m == 1000 for method in methods)
     dsa, dm = (plugins.load(name).settings() for name in ("dsa", "dm"))
@@ -93,7 +81,7 @@ def test_every_method_has_published_settings_and_a_row_of_its_own():
 def test_the_papers_presets_give_each_method_a_network_that_fits():
     for preset, labelled in {"cifar100": 100, "tinyimagenet": 200, "imagenet64": 1000, "imagenette": 10, "cifar100-cpu": 100,
                              "quickstart": 5}.items():
-        for name in ("dm", "dsa", "mtt", "kip", "random", "kmeans", "gaussian"):
+        for name in ("dm", "dsa", "mtt", "kip", "frepo", "random", "kmeans", "gaussian"):
             made = load_preset(preset, method=name)
             plugins.load(name).check(made, training=400 * labelled, classes=[400] * labelled)
     one = load_preset("imagenet64", method="dsa").distill
@@ -381,7 +369,7 @@ def three_cpus() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.mark.parametrize("method", ["kmeans", "dm", "dsa", "mtt", "kip"])
+@pytest.mark.parametrize("method", ["kmeans", "dm", "dsa", "mtt", "kip", "frepo"])
 def test_one_and_three_actors_and_a_resumed_run_give_the_same_set(three_cpus, tmp_path, method):
     def run(out: str, *, resume: bool = False, **overrides) -> DistilledSet:
         steps = {} if method == "kmeans" else {"distill.updates": 4}
@@ -391,6 +379,7 @@ def test_one_and_three_actors_and_a_resumed_run_give_the_same_set(three_cpus, tm
         steps |= {"distill.experts": 3, "distill.teacher_epochs": 2, "distill.max_start_epoch": 1, "distill.expert_epochs": 1,
                   "distill.steps": 2, "distill.lr_x": 10.0} if method == "mtt" else {}
         steps |= {"distill.batch": 8} if method == "kip" else {}
+        steps |= {"distill.batch": 9, "distill.pool.size": 2, "distill.pool.network.widths": [4, 4]} if method == "frepo" else {}
         small = {"repeats": 1, "target.steps": 0, "distill.m": 11, "distill.shards": 3, "evaluate.datasets": (), "evaluate.networks": 1,
                  "evaluate.pretrain.steps": 2, "engine.checkpoint_every": 2}
         made = load_preset("quickstart", method=method, **small | steps | overrides)
@@ -401,7 +390,7 @@ def test_one_and_three_actors_and_a_resumed_run_give_the_same_set(three_cpus, tm
     assert one.fingerprint == three.fingerprint
     if method != "kmeans":
         start = DistilledSet.load(tmp_path / "one" / "seed-0" / "start.safetensors")
-        assert not np.array_equal(start.x_syn, one.x_syn) and np.array_equal(start.y_syn, one.y_syn)
-    if method == "dsa":
+        assert not np.array_equal(start.x_syn, one.x_syn) and np.array_equal(start.y_syn, one.y_syn) == (method != "frepo")
+    if method in ("dsa", "frepo"):
         run("resumed", **{"distill.updates": 2})
         assert run("resumed", resume=True).fingerprint == one.fingerprint

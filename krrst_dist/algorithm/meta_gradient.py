@@ -1,8 +1,8 @@
 """The outer loss of KRR-ST and its gradient with respect to X_s and Y_s, in closed form (METHOD 2).
 
-Knows one model, one real batch and the synthetic set; nothing of pools, optimisers or processes. Only the
-feature extractor is differentiated by autograd, as a vector-Jacobian product, image by image, so that memory is
-bounded by `chunk_size` and not by m.
+Another loss of features takes the place of KRR-ST's as an `Objective`. Knows one model, one real batch and the synthetic set; nothing
+of pools, optimisers or processes. Only the feature extractor is differentiated by autograd, as a vector-Jacobian product, image by
+image, so that memory is bounded by `chunk_size` and not by m.
 
 Shapes: m synthetic, b real images, d features, k target dimensions; F = [f, 1] has d+1 columns.
 """
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from krrst_dist.algorithm.ridge import ridge_system, with_bias
 
+Objective = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor, int]]
+"""(f_syn [m, d], y_syn [m, k], f_real [b, d], y_real [b, k], ridge) -> L, dL/df_syn, dL/dY_s, failed factorisations; under no_grad"""
 TILE = 32 * 32 * 32
 """pixels that pass the network at once on a CPU where nothing is kept: a layer's output is then still in the cache for the next"""
 
@@ -33,27 +35,38 @@ class MetaGradient:
 
 
 def meta_gradient(extractor: Callable[[Tensor], Tensor], x_syn: Tensor, y_syn: Tensor, x_real: Tensor, y_real: Tensor, *,
-                  ridge: float = 1e-6, chunk_size: int | None = None) -> MetaGradient:
+                  ridge: float = 1e-6, chunk_size: int | None = None, objective: Objective | None = None) -> MetaGradient:
     """L = mean((F_b W - Y_b)^2) with W the ridge head on (X_s, Y_s), and dL/dX_s, dL/dY_s. (Algorithm 1, eq. 6)
 
     extractor: images [n, C, H, W] -> features [n, d]; a module (or a method of one) is used in eval mode and left
     as it was found.
     x_syn [m, C, H, W], y_syn [m, k], x_real [b, C, H, W], y_real [b, k]. ridge: lambda / trace(K), lambda constant.
     chunk_size: images whose activations are held at once; None holds them all. It changes rounding only.
+    objective: another L; default: `ridge_objective`.
 
     Raises ValueError for shapes that do not fit, RidgeError when the ridge system cannot be factorised.
     """
     _check(x_syn, y_syn, x_real, y_real, chunk_size)
     with _evaluating(extractor):
-        f_real = with_bias(_features(extractor, x_real, chunk_size))  # F_b [b, d+1]
+        f_real = _features(extractor, x_real, chunk_size)  # [b, d]
         f_syn, pull_back = _features_and_pull_back(extractor, x_syn, chunk_size)
         with torch.no_grad(), torch.autocast(x_syn.device.type, enabled=False):
-            loss, g_features, g_y, retries = ridge_gradient(with_bias(f_syn), y_syn, f_real, y_real, ridge)
-        return MetaGradient(loss, pull_back(g_features[:, :-1]), g_y, retries)  # the last column is the constant 1
+            loss, g_features, g_y, retries = (objective or ridge_objective)(f_syn, y_syn, f_real, y_real, ridge)
+        return MetaGradient(loss, pull_back(g_features), g_y, retries)
 
 
-def ridge_gradient(f_syn: Tensor, y_syn: Tensor, f_real: Tensor, y_real: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor, int]:
-    """(L, dL/dF_s [m, d+1], dL/dY_s [m, k], failed factorisations) for features F_s [m, d+1], F_b [b, d+1]."""
+def ridge_objective(f_syn: Tensor, y_syn: Tensor, f_real: Tensor, y_real: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor, int]:
+    """KRR-ST's: regression with a bias."""
+    loss, g_features, g_y, retries = ridge_gradient(with_bias(f_syn), y_syn, with_bias(f_real), y_real, ridge)
+    return loss, g_features[:, :-1], g_y, retries  # the last column is the constant 1
+
+
+def ridge_gradient(f_syn: Tensor, y_syn: Tensor, f_real: Tensor, y_real: Tensor, ridge: float, *,
+                   constant: bool = True) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(L, dL/dF_s [m, d], dL/dY_s [m, k], failed factorisations) for features F_s [m, d], F_b [b, d], of which the last may be ones.
+
+    constant: lambda is a constant; else it is ridge * trace(F_s F_s^T) in the gradient, too (FRePo).
+    """
     system = ridge_system(f_syn, ridge)
     if system.dual:
         a = system.solve(y_syn)  # A = (K + lambda I)^-1 Y_s [m, k]
@@ -61,12 +74,16 @@ def ridge_gradient(f_syn: Tensor, y_syn: Tensor, f_real: Tensor, y_real: Tensor,
         loss, g = _outer_loss(f_real, y_real, w)
         v = system.solve(f_syn @ g)  # V [m, k] = dL/dY_s
         g_features = a @ (g - f_syn.T @ v).T - v @ w.T  # A G^T - (V A^T + A V^T) F_s, with F_s^T A = W
+        if not constant:
+            g_features -= 2 * system.ridge * (v * a).sum() * f_syn  # dL/dlambda = -<V, A>
         return loss, g_features, v, system.retries
     w = system.solve(f_syn.T @ y_syn)
     loss, g = _outer_loss(f_real, y_real, w)
     u = system.solve(g)  # U = P^-1 G [d+1, k]
     g_y = f_syn @ u  # [m, k]
     g_features = (y_syn - f_syn @ w) @ u.T - g_y @ w.T
+    if not constant:
+        g_features -= 2 * system.ridge * (u * w).sum() * f_syn  # dL/dlambda = -<U, W>
     return loss, g_features, g_y, system.retries
 
 

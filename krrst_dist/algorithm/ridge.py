@@ -32,11 +32,13 @@ def with_bias(features: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RidgeSystem:
-    """F F^T + lambda I or F^T F + lambda I, factorised; lambda = ridge * trace(F F^T), a constant."""
+    """F F^T + lambda I or F^T F + lambda I, factorised; lambda = ridge * trace(F F^T)."""
 
     features: Tensor  # F [m, d+1]
     cholesky: Tensor  # lower factor, [m, m] or [d+1, d+1]
     dual: bool
+    ridge: float
+    """lambda over trace(F F^T), with which the factorisation did not fail"""
     retries: int
     """factorisations that failed before this one"""
 
@@ -62,10 +64,11 @@ def ridge_system(f_syn: Tensor, ridge: float = 1e-6) -> RidgeSystem:
                             "diverged; what did needs a lower learning rate")
     for attempt in range(RETRIES + 1):
         regularised = gram.clone()
-        regularised.diagonal().add_(ridge * MORE_RIDGE**attempt * trace)
+        tried = ridge * MORE_RIDGE**attempt
+        regularised.diagonal().add_(tried * trace)
         cholesky, failed = torch.linalg.cholesky_ex(regularised)
         if not failed:
-            return RidgeSystem(f_syn, cholesky, dual, retries=attempt)
+            return RidgeSystem(f_syn, cholesky, dual, tried, retries=attempt)
     raise RidgeError(f"K + lambda I could not be factorised with lambda up to {ridge * MORE_RIDGE**RETRIES:g} trace(K): raise the ridge "
                      f"(distill.ridge = {ridge:g}), or look for features that are all alike")
 

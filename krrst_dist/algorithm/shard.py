@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from krrst_dist.algorithm.contribution import Contribution
-from krrst_dist.algorithm.meta_gradient import meta_gradient
+from krrst_dist.algorithm.meta_gradient import Objective, meta_gradient
 from krrst_dist.algorithm.pool import DivergedError, ModelPool, State
 from krrst_dist.algorithm.ridge import FeaturesError, RidgeError
 
@@ -36,10 +36,11 @@ class Shard:
     """Pool and batches of one logical shard on one device."""
 
     def __init__(self, index: int, pool: ModelPool, batches: RealBatches, *, ridge: float = 1e-6, chunk_size: int | None = None,
-                 precision: Literal["float32", "tf32", "bfloat16"] = "float32", device: torch.device | str = "cpu") -> None:
+                 precision: Literal["float32", "tf32", "bfloat16"] = "float32", device: torch.device | str = "cpu",
+                 objective: Objective | None = None) -> None:
         self.index, self.pool, self.batches = index, pool, batches
         self._ridge, self._chunk_size, self._device = ridge, chunk_size, torch.device(device)
-        self._precision = precision
+        self._precision, self._objective = precision, objective
 
     def warm_up(self, x_syn: Tensor, y_syn: Tensor) -> None:
         """Train the pool's members to their starting ages on (X_s, Y_s). Raises DivergedError."""
@@ -55,7 +56,8 @@ class Shard:
         member = self.pool.draw(step)
         with self._arithmetic(), self._named(f"update {step}"):
             g = meta_gradient(self.pool.members[member].extractor, self._images(x_syn), y_syn.to(self._device),
-                              self._images(x_real), y_real.to(self._device), ridge=self._ridge, chunk_size=self._chunk_size)
+                              self._images(x_real), y_real.to(self._device), ridge=self._ridge, chunk_size=self._chunk_size,
+                              objective=self._objective)
             loss = g.loss.item()
             if not (torch.isfinite(g.loss) and torch.isfinite(g.x).all() and torch.isfinite(g.y).all()):
                 raise DivergedError(f"loss {loss:g} on pool member {member}, or its gradient, is not finite; a learning rate is too high "

@@ -15,6 +15,7 @@ from krrst_dist.artifacts import Space
 from krrst_dist.bench import measure
 from krrst_dist.bench.problem import MEAN, STD, Problem
 from krrst_dist.config import Config, load_preset
+from krrst_dist.data.stream import centred
 
 
 class RandomSource:
@@ -37,9 +38,27 @@ class RandomSource:
         """[n, C, H, W]; the same 256 again and again."""
         return self._images[torch.from_numpy(np.asarray(rows)) % 256]
 
+    def batches(self, labels: str, config: Config, index: int, *, device: str | torch.device) -> RandomBatches:
+        """Always the same one."""
+        n = config.distill.batch // config.distill.shards
+        x, y = self.training_images(np.arange(n)), centred(np.arange(n) % len(self.classes), len(self.classes))
+        return RandomBatches(x.to(device), torch.from_numpy(y).to(device))
+
     def some_of_class(self, label: int, count: int, *, seed: int, purpose: str, step: int) -> Tensor:
         """The first `count` of a class."""
         return self.training_images(self.classes[label][:count])
+
+
+@dataclass(frozen=True)
+class RandomBatches:
+    """One batch, again and again."""
+
+    x: Tensor
+    y: Tensor
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """(x, y)."""
+        return self.x, self.y
 
 
 @dataclass(frozen=True)
@@ -79,8 +98,9 @@ def outer_step(config: Config, classes: int, of_class: int, device: str) -> Call
     return step
 
 
-def bench_methods(*, preset: str = "cifar100-cpu", methods: tuple[str, ...] = ("krr_st", "dsa", "dm", "mtt", "kip"), m: int | None = None,
-                  classes: int = 100, of_class: int = 480, rounds: int = 3, threads: int = 1, device: str = "cpu") -> dict[str, MethodCost]:
+def bench_methods(*, preset: str = "cifar100-cpu", methods: tuple[str, ...] = ("krr_st", "dsa", "dm", "mtt", "kip", "frepo"),
+                  m: int | None = None, classes: int = 100, of_class: int = 480, rounds: int = 3, threads: int = 1,
+                  device: str = "cpu") -> dict[str, MethodCost]:
     """Time outer steps of several methods in turns, after one each that is not timed, and measure their peak memory.
 
     Args:

@@ -30,6 +30,7 @@ from krrst_dist.algorithm.contribution import mean
 from krrst_dist.algorithm.ntk import Architecture, Convolutional, FullyConnected, ntk, ntk_pull_back
 from krrst_dist.artifacts import DistilledSet
 from krrst_dist.config import Config, ConfigError, MethodSettings, Positive
+from krrst_dist.data.stream import centred
 from krrst_dist.methods.common import real_images
 from krrst_dist.methods.common.protocol import Method, Read, Stateless
 from krrst_dist.methods.common.source import Source
@@ -63,11 +64,6 @@ class KIPSettings(MethodSettings):
         if self.kernel == "fc":
             return FullyConnected(self.depth)
         return Convolutional((False,) * self.extra_convolution + (True,) * self.depth)
-
-
-def centred(labels: np.ndarray, classes: int) -> np.ndarray:
-    """One-hot - 1 / C: [n] -> [n, C] float32."""
-    return np.eye(classes, dtype=np.float32)[labels] - np.float32(1 / classes)
 
 
 def kip_loss(k_ss: Tensor, k_st: Tensor, y_syn: Tensor, y_real: Tensor, ridge: float = 1e-6) -> Tensor:

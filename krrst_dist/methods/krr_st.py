@@ -20,10 +20,7 @@ from krrst_dist.algorithm import ModelPool, OuterOptimizer, Shard
 from krrst_dist.algorithm.contribution import mean
 from krrst_dist.artifacts import DistilledSet, Space
 from krrst_dist.config import Config, ConfigError, MethodSettings, NetworkSettings, NonNegative, Positive, Settings
-from krrst_dist.data.order import shard_indices
-from krrst_dist.data.prefetch import Prefetcher
-from krrst_dist.data.reader import BetonReader, read_all
-from krrst_dist.data.stream import TargetedBatches
+from krrst_dist.data.reader import read_all
 from krrst_dist.methods.common.protocol import Method, Read
 from krrst_dist.methods.common.source import Source
 
@@ -131,18 +128,15 @@ class KrrSt(Method):
     def part(self, config: Config, source: Source, start: DistilledSet | None, index: int, *, read: Read | None = None,
              device: torch.device | str = "cpu") -> Shard:
         """Logical shard `index`: its pool of fresh models and its reader, ready for `warm_up` or `load_state_dict`."""
-        settings, prepared, seed = config.distill, source.prepared, config.seed
-        network, resolution, k = settings.pool.network, prepared.resolution, source.targets.k
+        settings = config.distill
+        network, resolution, k = settings.pool.network, source.prepared.resolution, source.targets.k
 
         def fresh_model() -> nn.Module:
             model = networks.with_head(networks.build(network.name, resolution=resolution, **network.options()), k)
             return model.to(device, memory_format=torch.channels_last)
 
-        pool = ModelPool(fresh_model, **settings.pool.model_dump(exclude={"network"}), seed=seed, shard=index)
-        indices = shard_indices(source.training, index, settings.shards, seed)
-        reader = BetonReader(prepared, indices, batch=settings.batch // settings.shards, seed=seed, purpose_index=index,
-                             threads=config.engine.threads)
-        batches = TargetedBatches(Prefetcher(reader), source.targets, prepared, view_seed=config.source.split_seed, device=device)
+        pool = ModelPool(fresh_model, **settings.pool.model_dump(exclude={"network"}), seed=config.seed, shard=index)
+        batches = source.batches("targets", config, index, device=device)
         return Shard(index, pool, batches, ridge=settings.ridge, chunk_size=settings.chunk_size, precision=config.engine.precision,
                      device=device)
 

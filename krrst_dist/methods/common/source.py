@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,8 +18,11 @@ from krrst_dist import seeds
 from krrst_dist.artifacts import Space
 from krrst_dist.config import Config
 from krrst_dist.data.normalise import normalise
+from krrst_dist.data.order import shard_indices
+from krrst_dist.data.prefetch import Prefetcher
 from krrst_dist.data.prepared import Prepared, held_out_split
-from krrst_dist.data.reader import read_all
+from krrst_dist.data.reader import BetonReader, read_all
+from krrst_dist.data.stream import Batches, ClassBatches, TargetedBatches
 from krrst_dist.data.targets import TargetFile
 
 
@@ -74,6 +78,17 @@ class Source:
         members = self.classes[label]
         chosen = seeds.numpy_rng(seed, purpose, label, step).permutation(len(members))[:count]
         return self.training_images(members[chosen])
+
+    def batches(self, labels: Literal["class", "targets"], config: Config, index: int, *, device: torch.device | str) -> Batches:
+        """The real batches of logical shard `index` with their classes or target representations: distill.batch / distill.shards images
+        each, of its own part of the training images. Needs those two settings."""
+        settings, seed = config.distill, config.seed
+        reader = Prefetcher(BetonReader(self.prepared, shard_indices(self.training, index, settings.shards, seed),
+                                        batch=settings.batch // settings.shards, seed=seed, purpose_index=index,
+                                        threads=config.engine.threads))
+        if labels == "class":
+            return ClassBatches(reader, self.prepared, device=device)
+        return TargetedBatches(reader, self.targets, self.prepared, view_seed=config.source.split_seed, device=device)
 
     @cached_property
     def _in_memory(self) -> tuple[Tensor, np.ndarray]:
