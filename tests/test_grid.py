@@ -52,7 +52,7 @@ def one_cluster() -> Iterator[None]:
 def a_set(path: Path, labels: str = "features", *, seed: int = 0, resolution: int = 16, channels: int = 3, **recipe: Any) -> str:
     """A small set of noise, trained on for 3 steps."""
     x = np.random.default_rng(seed).standard_normal((12, channels, resolution, resolution)).astype(np.float32)
-    y = {"features": x[:, 0, 0, :8], "soft": np.abs(x[:, 0, 0, :5]), "class": np.arange(12) % 5}[labels]
+    y = {"features": x[:, 0, 0, :8], "soft": np.abs(x[:, 0, 0, :5]), "class": np.arange(12) % 5, "none": x[:, 0, 0, :0]}[labels]
     space = Space("normalised", MEAN[:channels], STD[:channels])
     about = {"seed": seed, "source": "digits-0-4", "source_fingerprint": "f"}
     DistilledSet(x, np.ascontiguousarray(y), labels, {"loss": "mse", "steps": 3, "batch": 8} | recipe, space, None, about).save(path)
@@ -89,7 +89,7 @@ def whole(tmp_path_factory) -> Path:
     config = load_preset("quickstart", **{"target.network.widths": [4, 8, 8], "target.steps": 0})
     save_target(model, untrained(config.target, resolution=16), config.target.network, resolution=16, about={})
     sets = [NOTHING, *({"method": kind, "path": a_set(out / f"{kind}.safetensors", kind, seed=i)}
-                       for i, kind in enumerate(("features", "soft", "class")))]
+                       for i, kind in enumerate(("features", "soft", "class", "none")))]
     status = run(out / "run", sets, tasks=["finetune", "probe", "knn", "kd", "fid"], seeds=[0, 1], split="validation",
                  label_fractions={"probe": [1, 0.1]}, fid={"network": str(model)})
     assert status == 0
@@ -98,7 +98,7 @@ def whole(tmp_path_factory) -> Path:
 
 def test_every_combination_that_the_tasks_ask_for_is_a_cell(whole):
     cells = {(r["method"], r["task"], r["label_fraction"], r["evaluation_seed"]) for r in rows(whole)}
-    methods = ("from scratch", "features", "soft", "class")
+    methods = ("from scratch", "features", "soft", "class", "none")
     wanted = {(method, task, share, seed) for method in methods for seed in (0, 1)
               for task, share in (("finetune", 1), ("probe", 1), ("probe", 0.1), ("knn", 1), ("kd", 1))}
     assert cells == wanted | {(method, "fid", 1, 0) for method in methods[1:]}
