@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 
 def load(path: str) -> TensorDataset:
-    """A distilled set as (x_syn [m, C, H, W], y_syn [m, k] or [m]), ready for a DataLoader.
+    """A distilled set as (x_syn [m, C, H, W], y_syn [m, k] or [m]; k = 0 without labels), ready for a DataLoader.
 
     Only the arrays: what the labels are, the recipe, the space of the images (mean and std) and class names are what
     `krrst_dist.artifacts.DistilledSet.load(path)` gives with them.

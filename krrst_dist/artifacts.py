@@ -23,7 +23,7 @@ import safetensors.numpy
 from krrst_dist import storage
 
 FORMAT = "krrst_dist distilled set, version 1"
-LABEL_KINDS = ("features", "soft", "class")
+LABEL_KINDS = ("features", "soft", "class", "none")
 SPACES = ("normalised", "raw")
 
 
@@ -66,15 +66,16 @@ class Space:
 
 @dataclass(frozen=True)
 class DistilledSet:
-    """Synthetic images with their labels.
+    """Synthetic images with their labels, if they have any.
 
-    x_syn: [m, C, H, W] float32, in `space`. y_syn: [m, k] float32 for label_kind "features" (targets to regress)
-    and "soft" (class scores), [m] int64 for "class". recipe: the settings to pre-train with, overridable.
+    x_syn: [m, C, H, W] float32, in `space`. y_syn: [m, k] float32 for label_kind "features" (targets to regress) and
+    "soft" (class scores), [m] int64 for "class", [m, 0] float32 for "none": such images are trained on by a self-supervised
+    loss. recipe: the settings to pre-train with, overridable.
     """
 
     x_syn: np.ndarray
     y_syn: np.ndarray
-    label_kind: Literal["features", "soft", "class"]
+    label_kind: Literal["features", "soft", "class", "none"]
     recipe: dict[str, Any]
     space: Space
     class_names: tuple[str, ...] | None = None
@@ -95,6 +96,8 @@ class DistilledSet:
         if (y.ndim, y.dtype) != wanted:
             raise ArtifactError(f"y_syn has shape {y.shape} and type {y.dtype}; label kind {self.label_kind!r} takes "
                                 f"{wanted[0]} dimension(s) of {np.dtype(wanted[1])}")
+        if y.ndim == 2 and (y.shape[1] == 0) != (self.label_kind == "none"):
+            raise ArtifactError(f"y_syn has shape {y.shape}; label kind 'none' takes 0 columns, 'features' and 'soft' at least 1")
         if len(x) != len(y):
             raise ArtifactError(f"{len(x)} images but {len(y)} labels; there must be one each")
         if len(self.space.mean) != x.shape[1] or len(self.space.std) != x.shape[1]:

@@ -159,7 +159,8 @@ class PretrainSettings(Settings):
     warmup_steps: NonNegative = 0
     """steps over which lr rises linearly, before the schedule begins"""
     augment: Literal["none", "dsa"] = "none"
-    """dsa: one operation a batch, other parameters for every image (REFERENCE 4)"""
+    """dsa: one operation a batch, other parameters for every image (REFERENCE 4). The two views that a set without labels is trained
+    on belong to its loss"""
 
     def recipe(self, loss: str = "mse") -> dict[str, Any]:
         """As it is stored with a distilled set; `loss` is for readers without this package."""

@@ -40,6 +40,8 @@ def export(path: str, to: str, format: Literal["png", "parquet", "pt"] = "png") 
     if format == "pt" and distilled.space.kind != "raw":
         print(f"x_syn.pt holds (pixel - mean) / std, with the mean and std in {ABOUT}, which `krrst import` reads; the authors' code "
               f"would take it for raw pixels")
+    if format == "pt" and distilled.label_kind == "none":
+        print("y_syn.pt is empty: the set has no labels, without which the authors' code cannot train on it")
 
 
 def import_released(x_syn: str, y_syn: str, to: str, preset: str | None = None) -> None:

@@ -15,7 +15,7 @@ from krrst_dist.config import NetworkSettings, NonNegative, Positive, ProbeSetti
 from krrst_dist.recipes import FinetuneSettings, KDSettings
 
 Task = Literal["finetune", "probe", "knn", "kd", "fid"]
-LabelKind = Literal["features", "class", "soft"]
+LabelKind = Literal["features", "class", "soft", "none"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 

@@ -16,8 +16,12 @@ PRETRAIN = {
     "class": PretrainSettings(lr=0.01, weight_decay=5e-4, schedule="halfway", augment="dsa"),
     "soft": PretrainSettings(steps=10_000, batch=500, optimizer="adamw", lr=3e-4, weight_decay=0, schedule="cosine", warmup_steps=500,
                              augment="dsa"),
+    "none": PretrainSettings(optimizer="adamw", lr=1e-3, weight_decay=1e-4, schedule="cosine", warmup_steps=50),
 }
-"""the published recipe for 1,000 images, by the kind of a distilled set's labels"""
+"""the published recipe for 1,000 images, by the kind of a distilled set's labels; without any, the target model's own (ours)"""
+
+PROJECTOR, OFF_DIAGONAL = (512, 512), 0.0051
+"""widths, and weight of the redundancy term, of Barlow Twins on a set without labels: the widths are ours, the weight is published"""
 
 FINETUNE_STEPS = {"cifar10": 10_000, "cifar100": 10_000, "tinyimagenet": 10_000}
 """by target; 5,000 on the others"""

@@ -97,7 +97,9 @@ def test_the_fingerprint_changes_with_all_that_training_depends_on():
     ({"label_kind": "class"}, "label kind 'class' takes 1 dimension(s) of int64"),
     ({"space": Space("raw", (0.5,), (0.2,))}, "the space has 1 channels, the images 3"),
     ({"y_syn": np.full((4, 6), np.nan, np.float32)}, "NaN or infinite values"),
-    ({"label_kind": "fuzzy"}, "the label kind is 'fuzzy'; it must be one of features, soft, class"),
+    ({"label_kind": "fuzzy"}, "the label kind is 'fuzzy'; it must be one of features, soft, class, none"),
+    ({"label_kind": "none"}, "y_syn has shape (4, 6); label kind 'none' takes 0 columns, 'features' and 'soft' at least 1"),
+    ({"y_syn": np.zeros((4, 0), np.float32)}, "y_syn has shape (4, 0); label kind 'none' takes 0 columns"),
     ({"recipe": ["lr"]}, "both must be dicts"),
     ({"class_names": "ab"}, "the class names are 'ab'; they must be a tuple of texts"),
 ])
@@ -212,6 +214,16 @@ def test_class_labels_survive_in_parquet(tmp_path):
     assert pq.read_table(tmp_path / "set.parquet")["y_syn"].to_pylist() == [0, 1, 2, 3]
 
 
+def test_a_set_without_labels_has_empty_ones_in_every_format(tmp_path):
+    saved = replace(distilled(), y_syn=np.zeros((4, 0), np.float32), label_kind="none")
+    saved.save(tmp_path / "set.safetensors")
+    assert krrst_dist.load(str(tmp_path / "set.safetensors")).tensors[1].shape == (4, 0)
+    exports.to_parquet(saved, tmp_path / "set.parquet")
+    assert pq.read_table(tmp_path / "set.parquet")["y_syn"].to_pylist() == [[]] * 4
+    exports.to_png_folder(saved, tmp_path / "png")
+    assert np.load(tmp_path / "png" / "y_syn.npy").shape == (4, 0)
+
+
 def authors_files(folder: Path, x: torch.Tensor, y: torch.Tensor) -> list[str]:
     torch.save(x, folder / "x_syn.pt")
     torch.save(y, folder / "y_syn.pt")
@@ -233,15 +245,19 @@ def test_the_authors_files_are_imported_with_their_preset_and_exported_again(tmp
     assert torch.equal(torch.load(tmp_path / "again" / "y_syn.pt", weights_only=True), y)
 
 
-@pytest.mark.parametrize("label_kind", ["features", "class"])
+@pytest.mark.parametrize("label_kind", ["features", "class", "none"])
 @pytest.mark.parametrize("kind", ["normalised", "raw"])
 def test_a_set_exported_to_pt_is_imported_as_it_was(tmp_path, capsys, kind, label_kind):
     saved = distilled(kind=kind)
     if label_kind == "class":
         saved = replace(saved, y_syn=np.array([0, 1, 1, 0]), label_kind="class")
+    if label_kind == "none":
+        saved = replace(saved, y_syn=np.zeros((4, 0), np.float32), label_kind="none")
     saved.save(tmp_path / "set.safetensors")
     assert cli.main(["export", str(tmp_path / "set.safetensors"), str(tmp_path / "pt"), "--format", "pt"]) == 0
-    assert ("the authors' code would take it for raw pixels" in capsys.readouterr().out) == (kind == "normalised")
+    said = capsys.readouterr().out
+    assert ("the authors' code would take it for raw pixels" in said) == (kind == "normalised")
+    assert ("y_syn.pt is empty" in said) == (label_kind == "none")
     assert sorted(path.name for path in (tmp_path / "pt").iterdir()) == ["about.json", "x_syn.pt", "y_syn.pt"]
     files = [str(tmp_path / "pt" / name) for name in ("x_syn.pt", "y_syn.pt")]
     assert cli.main(["import", *files, str(tmp_path / "back.safetensors")]) == 0

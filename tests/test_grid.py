@@ -53,7 +53,7 @@ def one_cluster() -> Iterator[None]:
 def a_set(path: Path, labels: str = "features", *, seed: int = 0, resolution: int = 16, channels: int = 3, **recipe: Any) -> str:
     """A small set of noise, trained on for 3 steps."""
     x = np.random.default_rng(seed).standard_normal((12, channels, resolution, resolution)).astype(np.float32)
-    y = {"features": x[:, 0, 0, :8], "soft": np.abs(x[:, 0, 0, :5]), "class": np.arange(12) % 5}[labels]
+    y = {"features": x[:, 0, 0, :8], "soft": np.abs(x[:, 0, 0, :5]), "class": np.arange(12) % 5, "none": x[:, 0, 0, :0]}[labels]
     space = Space("normalised", MEAN[:channels], STD[:channels])
     about = {"seed": seed, "source": "digits-0-4", "source_fingerprint": "f"}
     DistilledSet(x, np.ascontiguousarray(y), labels, {"loss": "mse", "steps": 3, "batch": 8} | recipe, space, None, about).save(path)
@@ -97,7 +97,7 @@ def whole(tmp_path_factory) -> Path:
     return out / "run"
 
 
-KINDS = ("features", "soft", "class")
+KINDS = ("features", "soft", "class", "none")
 SEEDS_AND_SPLIT: dict[str, Any] = {"seeds": [0, 1], "split": "validation"}
 """of `whole`"""
 
@@ -115,7 +115,7 @@ def with_networks_of(whole: Path, out: Path) -> Path:
 
 def test_every_combination_that_the_tasks_ask_for_is_a_cell(whole):
     cells = {(r["method"], r["task"], r["label_fraction"], r["evaluation_seed"]) for r in rows(whole)}
-    methods = ("from scratch", "features", "soft", "class")
+    methods = ("from scratch", "features", "soft", "class", "none")
     wanted = {(method, task, share, seed) for method in methods for seed in (0, 1)
               for task, share in (("finetune", 1), ("probe", 1), ("probe", 0.1), ("knn", 1), ("kd", 1))}
     assert cells == wanted | {(method, "fid", 1, 0) for method in methods[1:]}

@@ -70,7 +70,7 @@ def belongs(source: Source, made: DistilledSet) -> np.ndarray:
 
 def test_every_method_has_published_settings_and_a_row_of_its_own():
     methods = [plugins.load(name) for name in plugins.names()]
-    assert {"krr_st", "random", "kmeans", "gaussian", "dsa", "dm", "mtt", "kip", "frepo"} <= set(plugins.names())
+    assert {"krr_st", "random", "kmeans", "gaussian", "dsa", "dm", "mtt", "kip", "frepo", "ssl_bilevel"} <= set(plugins.names())
     assert len({method.title for method in methods}) == len(methods)
     assert all(method.settings().m == 1000 for method in methods)
     dsa, dm = (plugins.load(name).settings() for name in ("dsa", "dm"))
@@ -81,7 +81,7 @@ def test_every_method_has_published_settings_and_a_row_of_its_own():
 def test_the_papers_presets_give_each_method_a_network_that_fits():
     for preset, labelled in {"cifar100": 100, "tinyimagenet": 200, "imagenet64": 1000, "imagenette": 10, "cifar100-cpu": 100,
                              "quickstart": 5}.items():
-        for name in ("dm", "dsa", "mtt", "kip", "frepo", "random", "kmeans", "gaussian"):
+        for name in ("dm", "dsa", "mtt", "kip", "frepo", "ssl_bilevel", "random", "kmeans", "gaussian"):
             made = load_preset(preset, method=name)
             plugins.load(name).check(made, training=400 * labelled, classes=[400] * labelled)
     one = load_preset("imagenet64", method="dsa").distill
@@ -369,17 +369,18 @@ def three_cpus() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.mark.parametrize("method", ["kmeans", "dm", "dsa", "mtt", "kip", "frepo"])
+@pytest.mark.parametrize("method", ["kmeans", "dm", "dsa", "mtt", "kip", "frepo", "ssl_bilevel"])
 def test_one_and_three_actors_and_a_resumed_run_give_the_same_set(three_cpus, tmp_path, method):
     def run(out: str, *, resume: bool = False, **overrides) -> DistilledSet:
         steps = {} if method == "kmeans" else {"distill.updates": 4}
-        steps |= {"distill.network.widths": [4, 4]} if method in ("dm", "dsa", "mtt") else {}
+        steps |= {"distill.network.widths": [4, 4]} if method in ("dm", "dsa", "mtt", "ssl_bilevel") else {}
         steps |= {"distill.batch_real": 8} if method in ("dm", "dsa") else {}
         steps |= {"distill.outer_loop": 3, "distill.inner_loop": 1} if method == "dsa" else {}
         steps |= {"distill.experts": 3, "distill.teacher_epochs": 2, "distill.max_start_epoch": 1, "distill.expert_epochs": 1,
                   "distill.steps": 2, "distill.lr_x": 10.0} if method == "mtt" else {}
         steps |= {"distill.batch": 8} if method == "kip" else {}
         steps |= {"distill.batch": 9, "distill.pool.size": 2, "distill.pool.network.widths": [4, 4]} if method == "frepo" else {}
+        steps |= {"distill.steps": 2, "distill.batch": 8, "distill.projector": (4,)} if method == "ssl_bilevel" else {}
         small = {"repeats": 1, "target.steps": 0, "distill.m": 11, "distill.shards": 3, "evaluate.datasets": (), "evaluate.networks": 1,
                  "evaluate.pretrain.steps": 2, "engine.checkpoint_every": 2}
         made = load_preset("quickstart", method=method, **small | steps | overrides)

@@ -15,7 +15,9 @@ from torch import nn
 
 from krrst_dist import seeds
 from krrst_dist.algorithm import DivergedError
+from krrst_dist.algorithm.barlow_twins import barlow_twins, projector
 from krrst_dist.artifacts import ArtifactError, DistilledSet, Space
+from krrst_dist.augment import ssl_pair
 from krrst_dist.augment.diff_augment import diff_augment
 from krrst_dist.augment.views import crop_flip
 from krrst_dist.config import ConfigError, NetworkSettings, PretrainSettings
@@ -26,7 +28,7 @@ from krrst_dist.evaluation.labelled import LabelledImages
 from krrst_dist.evaluation.pretrain import fresh, pretrain, pretrain_on, soft_label_loss
 from krrst_dist.evaluation.training import optimizer_of, shuffled_batches, train
 from krrst_dist.evaluation.weights import load_weights, save_weights
-from krrst_dist.recipes import PRETRAIN, FinetuneSettings, KDSettings, TeacherSettings, pretrain_recipe
+from krrst_dist.recipes import OFF_DIAGONAL, PRETRAIN, PROJECTOR, FinetuneSettings, KDSettings, TeacherSettings, pretrain_recipe
 
 NET = NetworkSettings(widths=(8, 16))
 MEAN, STD = (0.3, 0.3, 0.3), (0.4, 0.4, 0.4)
@@ -113,6 +115,38 @@ def test_the_loss_follows_from_the_labels():
         trained = pretrain_on(one, NET, recipe, seed=1).state_dict()
         literal = pretrain(NET, x, y, recipe, seed=1, loss=losses[kind], outputs=width).state_dict()
         assert all(torch.equal(trained[name], literal[name]) for name in literal)
+
+
+def unlabelled(m: int = 12, *, channels: int = 3) -> DistilledSet:
+    x = np.random.default_rng(0).standard_normal((m, channels, 8, 8)).astype(np.float32)
+    return DistilledSet(x, np.zeros((m, 0), np.float32), "none", {}, Space("normalised", (0.5,) * channels, (0.25,) * channels))
+
+
+def test_pretraining_without_labels_is_barlow_twins_on_two_views_of_each_batch():
+    made, settings = unlabelled(), NetworkSettings(widths=(4, 8))
+    recipe = PretrainSettings(steps=4, batch=12, lr=0.01, momentum=0, weight_decay=0)
+    trained = pretrain_on(made, settings, recipe, seed=3)
+    network = fresh(settings, resolution=8, channels=3, outputs=1, seed=3).network
+    with seeds.seeded(3, "pretrain projector"):
+        head = projector(network.feature_dim, PROJECTOR)
+    model = nn.Sequential(network, head).train()
+    for step in range(4):
+        views = ssl_pair.two_views(torch.tensor(made.x_syn) * 0.25 + 0.5, seeds.torch_rng(3, "training views", step))
+        z = model(torch.cat([(view - 0.5) / 0.25 for view in views]))
+        weights = list(model.parameters())
+        gradients = torch.autograd.grad(barlow_twins(z[:12], z[12:], OFF_DIAGONAL), weights)
+        with torch.no_grad():
+            for value, gradient in zip(weights, gradients, strict=True):
+                value -= 0.01 * gradient
+    assert not trained.training
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("made", "message"), [(unlabelled(1), r"1 image\(s\) with 3 channel"), (unlabelled(channels=1), "with 1 channel")])
+def test_sets_that_it_cannot_be_done_on_are_refused(made, message):
+    with pytest.raises(ConfigError, match=f"a set without labels of .*{message}.*at least 2 images of 3 channels"):
+        pretrain_on(made, NetworkSettings(widths=(4,)), PretrainSettings(steps=1), seed=0)
 
 
 def test_pretraining_with_augmentation_sees_each_batch_augmented_by_a_seed_of_its_own():

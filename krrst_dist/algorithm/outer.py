@@ -76,6 +76,16 @@ class Outer:
             self._optimizer.state[value] = moments
 
 
+def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW without weight decay."""
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+
+
+def falling(decay_updates: int) -> Callable[[int], float]:
+    """The schedule that falls linearly from 1 to FLOOR over so many steps, and stays there."""
+    return lambda step: 1 - (1 - FLOOR) * min(step, decay_updates) / decay_updates
+
+
 class OuterOptimizer(Outer):
     """AdamW without weight decay on (X_s, Y_s).
 
@@ -86,8 +96,7 @@ class OuterOptimizer(Outer):
 
     def __init__(self, x_syn: Tensor, y_syn: Tensor, *, lr_x: float, lr_y: float, decay_updates: int, scale: Tensor | float = 1.0) -> None:
         super().__init__({"x_syn": x_syn, "y_syn": y_syn}, lr={"x_syn": lr_x, "y_syn": lr_y}, scale={"x_syn": scale},
-                         optimizer=lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0),
-                         schedule=lambda step: 1 - (1 - FLOOR) * min(step, decay_updates) / decay_updates)
+                         optimizer=adamw, schedule=falling(decay_updates))
 
     @property
     def x_syn(self) -> Tensor:

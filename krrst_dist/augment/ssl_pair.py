@@ -70,6 +70,16 @@ def two_views(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
     return apply(images, draw(len(images), images.shape[-1], generator))
 
 
+def two_normalised_views(x: Tensor, generator: torch.Generator, *, scale: Tensor | float, offset: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Two views of each image of a space in which x * scale + offset are pixels in [0, 1]: [b, 3, r, r] -> twice the same.
+
+    Differentiable with respect to x almost everywhere: what is beyond [0, 1] is clipped and has no gradient, and solarising jumps.
+    scale, offset: numbers, or [3, 1, 1].
+    """
+    first, second = two_views(x * scale + offset, generator)
+    return (first - offset) / scale, (second - offset) / scale
+
+
 def draw(batch: int, resolution: int, generator: torch.Generator) -> PairParams:
     """Draw the parameters of `batch` pairs of views of images of `resolution` pixels a side."""
 

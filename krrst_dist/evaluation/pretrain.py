@@ -1,4 +1,4 @@
-"""Pre-training: a fresh network trained on a small set of (image, label) pairs.
+"""Pre-training: a fresh network trained on a small set of images, with their labels or by a self-supervised loss.
 
 What a distilled set is for. The set says by itself how it is trained on: the kind of its labels gives the loss and the
 head, its recipe the rest. Everything is in memory; knows no data set and no method.
@@ -13,19 +13,27 @@ from itertools import islice
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from krrst_dist import networks, seeds
-from krrst_dist.artifacts import DistilledSet
+from krrst_dist.algorithm.barlow_twins import barlow_twins, projector
+from krrst_dist.artifacts import DistilledSet, Space
+from krrst_dist.augment import ssl_pair
 from krrst_dist.augment.diff_augment import diff_augment
-from krrst_dist.config import NetworkSettings, PretrainSettings
+from krrst_dist.config import ConfigError, NetworkSettings, PretrainSettings
 from krrst_dist.evaluation.training import Loss, Watch, optimizer_of, shuffled_batches, train
 from krrst_dist.networks import Headed, Network
+from krrst_dist.recipes import OFF_DIAGONAL, PROJECTOR
 
 
 def soft_label_loss(outputs: Tensor, labels: Tensor) -> Tensor:
     """Half the squared error, summed over the classes, averaged over the images (REFERENCE 4). outputs, labels: [b, c]."""
     return (outputs - labels).square().sum(1).mean() / 2
+
+
+def pair_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Barlow Twins of outputs [2 b, p]: the first views of all images, then their second ones. There are no labels."""
+    return barlow_twins(*outputs.chunk(2), OFF_DIAGONAL)
 
 
 LOSSES: dict[str, Loss] = {"features": F.mse_loss, "soft": soft_label_loss, "class": F.cross_entropy}
@@ -45,13 +53,16 @@ def fresh(settings: NetworkSettings, *, resolution: int, channels: int, outputs:
 
 def pretrain_on(distilled: DistilledSet, settings: NetworkSettings, recipe: PretrainSettings, *, seed: int,
                 device: torch.device | str = "cpu", watch: Watch | None = None) -> Network:
-    """`pretrain` on a distilled set, with the loss that its labels ask for."""
-    return pretrain(settings, torch.tensor(distilled.x_syn), torch.tensor(distilled.y_syn), recipe, seed=seed, device=device,
-                    loss=LOSSES[distilled.label_kind], outputs=head_width(distilled), watch=watch)
+    """Pre-train on a distilled set, by the loss that its labels, or their absence, ask for."""
+    x = torch.tensor(distilled.x_syn)
+    if distilled.label_kind == "none":
+        return pretrain_unlabelled(settings, x, distilled.space, recipe, seed=seed, device=device, watch=watch)
+    return pretrain(settings, x, torch.tensor(distilled.y_syn), recipe, seed=seed, device=device, loss=LOSSES[distilled.label_kind],
+                    outputs=head_width(distilled), watch=watch)
 
 
 def head_width(distilled: DistilledSet) -> int:
-    """Outputs of the head that is trained on the set: k, or the number of classes."""
+    """Outputs of the linear head that is trained on a set with labels: k, or the number of classes."""
     if distilled.label_kind != "class":
         return distilled.y_syn.shape[1]
     return max(int(distilled.y_syn.max()) + 1, len(distilled.class_names or ()))
@@ -74,15 +85,45 @@ def pretrain(settings: NetworkSettings, x: Tensor, y: Tensor, recipe: PretrainSe
     _, channels, _, resolution = x.shape
     model = fresh(settings, resolution=resolution, channels=channels, outputs=outputs or y.shape[1], seed=seed)
     model = model.to(device, memory_format=torch.channels_last)
-    x = x.to(device, memory_format=torch.channels_last)
-    batches = shuffled_batches(x, y.to(device), batch=recipe.batch, seed=seed)
-    if recipe.augment == "dsa":
-        batches = augmented(batches, seed=seed)
+    batches = _batches(x.to(device), y.to(device), recipe, seed)
     train(model, islice(batches, recipe.steps), loss, *optimizer_of(model, recipe), watch=watch)
     return model.network.eval()
+
+
+def pretrain_unlabelled(settings: NetworkSettings, x: Tensor, space: Space, recipe: PretrainSettings, *, seed: int,
+                        device: torch.device | str = "cpu", watch: Watch | None = None) -> Network:
+    """Train a fresh network, with a projector, on images x [m, 3, H, W] of `space` alone: Barlow Twins on two views of each.
+
+    Both views pass at once, so batch norm's statistics are common to them. For what comes back, and what else is raised, see `pretrain`.
+    Raises ConfigError for fewer than 2 images, or images without 3 channels.
+    """
+    m, channels, _, resolution = x.shape
+    if m < 2 or channels != 3:
+        raise ConfigError(f"a set without labels of {m} image(s) with {channels} channel(s): its loss correlates over images and changes "
+                          f"their colours; it takes at least 2 images of 3 channels")
+    network = fresh(settings, resolution=resolution, channels=channels, outputs=1, seed=seed).network
+    with seeds.seeded(seed, "pretrain projector"):
+        model = nn.Sequential(network, projector(network.feature_dim, PROJECTOR))
+    model = model.to(device, memory_format=torch.channels_last)
+    scale, offset = (torch.from_numpy(values).to(device) for values in (space.scale(), space.offset()))
+    batches = in_pairs(_batches(x.to(device), x.new_empty(m, 0).to(device), recipe, seed), scale=scale, offset=offset, seed=seed)
+    train(model, islice(batches, recipe.steps), pair_loss, *optimizer_of(model, recipe), watch=watch)
+    return network.eval()
+
+
+def _batches(x: Tensor, y: Tensor, recipe: PretrainSettings, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    batches = shuffled_batches(x.to(memory_format=torch.channels_last), y, batch=recipe.batch, seed=seed)
+    return augmented(batches, seed=seed) if recipe.augment == "dsa" else batches
 
 
 def augmented(batches: Iterator[tuple[Tensor, Tensor]], *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches with DSA's augmentation: one operation a batch, other parameters for every image."""
     for step, (x, y) in enumerate(batches):
         yield diff_augment(x, seed=seeds.derive(seed, "training augmentation", step)), y
+
+
+def in_pairs(batches: Iterator[tuple[Tensor, Tensor]], *, scale: Tensor, offset: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches with the first views of all images followed by their second ones, [2 b, 3, H, W]. See `two_normalised_views`."""
+    for step, (x, y) in enumerate(batches):
+        pair = ssl_pair.two_normalised_views(x, seeds.torch_rng(seed, "training views", step), scale=scale, offset=offset)
+        yield torch.cat(pair).contiguous(memory_format=torch.channels_last), y

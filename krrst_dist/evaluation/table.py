@@ -15,8 +15,9 @@ from statistics import fmean, pstdev
 SCRATCH = "from scratch"
 RANDOM = "random images + targets"
 LABELLED = "random images + labels"
+ALONE = "random images alone"
 KRRST = "KRR-ST"
-METHODS = (SCRATCH, RANDOM, LABELLED, KRRST)
+METHODS = (SCRATCH, RANDOM, LABELLED, ALONE, KRRST)
 MISSING = "-"
 
 

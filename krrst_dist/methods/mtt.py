@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from krrst_dist import networks, seeds
 from krrst_dist.algorithm import Contribution, DivergedError, Outer
@@ -26,6 +26,7 @@ from krrst_dist.augment.diff_augment import diff_augment
 from krrst_dist.config import Config, MethodSettings, NetworkSettings, Positive
 from krrst_dist.methods.common import real_images
 from krrst_dist.methods.common.class_wise import check_network, network_of
+from krrst_dist.methods.common.flat_network import FlatNetwork, plain_step
 from krrst_dist.methods.common.protocol import Method, Read, Stateless
 from krrst_dist.methods.common.source import Source
 from krrst_dist.methods.common.unroll import through_steps
@@ -74,24 +75,16 @@ def matching_loss(theta: Tensor, start: Tensor, goal: Tensor) -> Tensor:
     return (theta - goal).square().sum() / (start - goal).square().sum()
 
 
-class Student:
-    """A network whose weights are one vector theta [p]."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
-        self._shapes = {name: value.shape for name, value in network.named_parameters()}
-        self.start = torch.cat([value.detach().flatten() for value in network.parameters()])
+class Student(FlatNetwork):
+    """A classifier whose weights are one vector theta [p]."""
 
     def loss(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Mean cross-entropy on images x [n, C, H, W] with classes y [n], a scalar."""
-        values = theta.split([shape.numel() for shape in self._shapes.values()])
-        parameters = {name: value.view(shape) for (name, shape), value in zip(self._shapes.items(), values, strict=True)}
-        return F.cross_entropy(torch.func.functional_call(self._network, parameters, (x,)), y)
+        return F.cross_entropy(self(theta, x), y)
 
     def step(self, theta: Tensor, x: Tensor, y: Tensor, rate: Tensor | float) -> Tensor:
         """theta after a plain gradient step, differentiable."""
-        (gradient,) = torch.autograd.grad(self.loss(theta, x, y), theta, create_graph=True)
-        return theta - rate * gradient
+        return plain_step(self.loss(theta, x, y), theta, rate)
 
 
 class MTTPart(Stateless):

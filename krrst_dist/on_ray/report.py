@@ -12,7 +12,7 @@ from krrst_dist.config import Config
 from krrst_dist.data.cache import Cache
 from krrst_dist.data.prepared import Prepared
 from krrst_dist.evaluation import figures, table
-from krrst_dist.evaluation.table import LABELLED, RANDOM, SCRATCH, Row
+from krrst_dist.evaluation.table import ALONE, LABELLED, RANDOM, SCRATCH, Row
 from krrst_dist.on_ray import assembly, cluster
 from krrst_dist.on_ray.distillation import Distilled
 
@@ -65,7 +65,7 @@ next: pre-train your own network on it
 
 def _names(config: Config, runs: list[Distilled]) -> tuple[str | None, str]:
     """The rows of the control (None where a method's start is its result) and of the method."""
-    control = RANDOM if runs[0].start.label_kind == "features" else LABELLED
+    control = {"features": RANDOM, "none": ALONE}.get(runs[0].start.label_kind, LABELLED)
     return control if config.distill.updates else None, plugins.load(config.method).title
 
 

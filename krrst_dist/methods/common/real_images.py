@@ -16,6 +16,9 @@ from krrst_dist.config import Config, ConfigError
 from krrst_dist.methods.common.source import Source
 from krrst_dist.recipes import PRETRAIN
 
+LOSSES = {"class": "cross-entropy", "soft": "half squared error, summed over classes", "none": "Barlow Twins, on two views of each image"}
+"""by the kind of a set's labels, for readers without this package"""
+
 
 def shares(m: int, classes: int, seed: int) -> np.ndarray:
     """How many of m images are of each class, int64 [classes]: equally many; where m is no multiple, some classes have one more."""
@@ -60,12 +63,19 @@ def random_labels(config: Config, source: Source) -> DistilledSet:
     return labelled_as("class", config, source, balanced(config, source))
 
 
+def random_unlabelled(config: Config, source: Source) -> DistilledSet:
+    """m random training images alone, drawn without a look at classes: where self-supervised methods start."""
+    rows = seeds.numpy_rng(config.seed, "start").permutation(len(source.training))[:config.distill.m]
+    x = source.training_images(rows).contiguous().numpy()
+    return DistilledSet(x, np.zeros((len(x), 0), np.float32), "none", recipe("none", config), source.space)
+
+
 def all_targets(config: Config, source: Source) -> DistilledSet:
     """Every training image with its target representation, and the run's own recipe."""
     return labelled_as("targets", config, source, np.arange(len(source.training)))
 
 
 def recipe(kind: str, config: Config) -> dict[str, Any]:
-    """The published recipe for "class" or "soft" labels, as it is stored with a set; steps and images a step are the run's own."""
+    """The recipe for labels of this kind, as it is stored with a set; steps and images a step are the run's own."""
     own = {"steps": config.evaluate.pretrain.steps, "batch": config.evaluate.pretrain.batch}
-    return PRETRAIN[kind].model_copy(update=own).recipe({"class": "cross-entropy", "soft": "half squared error, summed over classes"}[kind])
+    return PRETRAIN[kind].model_copy(update=own).recipe(LOSSES[kind])
