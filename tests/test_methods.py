@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from method_parts import CLASSES, SIDE, method_config, small_source
 
-from krrst_dist import networks, plugins, seeds
+from krrst_dist import cli, networks, plugins, seeds
 from krrst_dist.algorithm import DivergedError, total
 from krrst_dist.artifacts import DistilledSet
 from krrst_dist.augment.diff_augment import diff_augment
@@ -123,15 +122,21 @@ METHOD = Dark()
 '''
 
 
-def test_a_method_comes_from_another_package_without_a_change_to_ours(tmp_path):
-    (tmp_path / "dark.py").write_text(OUTSIDE)
-    (tmp_path / "dark-1.dist-info").mkdir()
-    (tmp_path / "dark-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: dark\nVersion: 1\n")
-    (tmp_path / "dark-1.dist-info" / "entry_points.txt").write_text("[krrst_dist.methods]\ndark = dark:METHOD\n")
-    command = [sys.executable, "-m", "krrst_dist.cli", "distill", "--preset", "quickstart", "--method", "dark", "--repeats", "1", "--out",
-               str(tmp_path / "run"), "--distill.darker", "0.25"]
-    ran = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory) -> Path:
+    """Where a package with a method of its own is installed."""
+    folder = tmp_path_factory.mktemp("outside")
+    (folder / "dark.py").write_text(OUTSIDE)
+    (folder / "dark-1.dist-info").mkdir()
+    (folder / "dark-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: dark\nVersion: 1\n")
+    (folder / "dark-1.dist-info" / "entry_points.txt").write_text("[krrst_dist.methods]\ndark = dark:METHOD\n")
+    return folder
+
+
+def test_a_method_comes_from_another_package_without_a_change_to_ours(three_cpus, outside, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(outside))
+    assert cli.main(["distill", "--preset", "quickstart", "--method", "dark", "--repeats", "1", "--out", str(tmp_path / "run"),
+                     "--distill.darker", "0.25"]) == 0
     made = DistilledSet.load(tmp_path / "run" / "seed-0" / "distilled.safetensors")
     assert made.metadata["method"] == "dark" and made.metadata["config"]["distill"]["darker"] == 0.25
     assert np.bincount(made.y_syn).tolist() == [4] * 5 and np.abs(made.x_syn).max() < 1.5
@@ -363,8 +368,11 @@ def test_a_start_without_an_end_is_refused():
 
 
 @pytest.fixture(scope="module")
-def three_cpus() -> Iterator[None]:
-    cluster.start_local(num_cpus=3)
+def three_cpus(outside) -> Iterator[None]:
+    """A cluster whose workers have the outside package, too."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(outside), prepend=os.pathsep)
+        cluster.start_local(num_cpus=3)
     yield
     ray.shutdown()
 
