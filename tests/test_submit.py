@@ -123,14 +123,20 @@ def test_the_address_that_a_run_joins_is_none_to_submit_to_and_both_forms_are_na
         f"`krrst distill` and jobs/ join with RAY_ADDRESS; give --address {remedy}")
 
 
-def test_a_cluster_with_tokens_is_found_and_who_has_none_is_told(monkeypatch):
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a cluster that takes jobs, with tokens."""
     folder = Path(tempfile.mkdtemp(prefix="krrst-ray-"))  # a short name, for sockets
     with job_cluster(folder) as address:
-        check_address(address, name="--address")
-        monkeypatch.setattr(submit, "has_token", lambda: False)
-        with pytest.raises(ClusterError, match=f"--address = '{address}': the cluster asks for a token.*copy the head's ~/.ray/auth_token"):
-            check_address(address, name="--address")
+        yield address
     shutil.rmtree(folder)
+
+
+def test_a_cluster_with_tokens_is_found_and_who_has_none_is_told(cluster, monkeypatch):
+    check_address(cluster, name="--address")
+    monkeypatch.setattr(submit, "has_token", lambda: False)
+    with pytest.raises(ClusterError, match=f"--address = '{cluster}': the cluster asks for a token.*copy the head's ~/.ray/auth_token"):
+        check_address(cluster, name="--address")
 
 
 def test_outside_a_job_results_go_under_the_project():
@@ -268,16 +274,16 @@ def project(tmp_path) -> Path:
     return root
 
 
-def start(project: Path, script: str, *arguments: str) -> subprocess.Popen:
+def start(project: Path, script: str, *arguments: str, address: str | None = None) -> subprocess.Popen:
     program = ("import sys; from pathlib import Path; from krrst_dist.on_ray.submit import submit; "
-               f"sys.exit(submit({list(arguments)!r}, script={script!r}, root=Path({str(project)!r})))")
+               f"sys.exit(submit({list(arguments)!r}, address={address!r}, script={script!r}, root=Path({str(project)!r})))")
     elsewhere = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}  # which Ray's own commands would prefer
     return subprocess.Popen([sys.executable, "-c", program], cwd=project, env=os.environ | elsewhere, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True)
 
 
 def remove_logs(output: str) -> None:
-    """A job that failed or was stopped leaves Ray's logs, and says where."""
+    """A job that failed on a cluster of its own leaves Ray's logs, and says where."""
     folder = Path(re.search("Ray's logs of this job are in (.*)", output)[1])
     assert any(folder.glob("session_*/logs/*"))
     shutil.rmtree(folder)
@@ -307,8 +313,8 @@ def test_a_job_runs_the_uploaded_code_with_absolute_paths_the_users_files_and_th
     assert process.returncode == 1  # what `ray job submit` makes of a job that failed
 
 
-def test_ctrl_c_stops_the_job_which_may_still_end_by_itself(project):
-    process = start(project, "jobs/sleep.py")
+def test_ctrl_c_stops_the_job_which_may_still_end_by_itself(cluster, project):
+    process = start(project, "jobs/sleep.py", address=cluster)
     output = ""
     while "sleeping" not in output.splitlines():
         line = process.stdout.readline()
@@ -319,4 +325,3 @@ def test_ctrl_c_stops_the_job_which_may_still_end_by_itself(project):
     output += process.communicate(timeout=90)[0]
     assert process.returncode == 130, output
     assert "kept the checkpoint" in output, output
-    remove_logs(output)
