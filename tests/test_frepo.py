@@ -187,6 +187,17 @@ def test_the_learning_rate_falls_by_a_cosine_to_a_tenth(source):
     assert factors == pytest.approx([1, 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2, 0.55, 0.1 + 0.9 * (1 - math.sqrt(0.5)) / 2, 0.1, 0.1])
 
 
+def test_what_is_learned_goes_on_from_its_saved_state_exactly(source):
+    whole, resumed = (METHOD.outer(config(), METHOD.start(config(), source), horizon=9) for _ in range(2))
+    gradients = [[torch.randn(value.shape, generator=seeds.torch_rng(0, "gradient", step)) for value in whole.values] for step in range(4)]
+    for step in range(3):
+        whole.step(*gradients[step])
+    resumed.load_state_dict(whole.state_dict())
+    for outer in (whole, resumed):
+        outer.step(*gradients[3])
+    assert all(torch.equal(a, b) for a, b in zip(whole.values, resumed.values, strict=True))
+
+
 # its parts, on files
 
 
