@@ -57,3 +57,10 @@ def ray_cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, object_store_memory=300_000_000, include_dashboard=False, logging_level="warning")
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

@@ -20,11 +20,11 @@ from krrst_dist.augment.diff_augment import diff_augment
 from krrst_dist.config import Config, ConfigError, load_preset
 from krrst_dist.methods.common import real_images as real
 from krrst_dist.methods.common.source import Source
+from krrst_dist.methods.common.trajectories import matching_loss
 from krrst_dist.methods.common.unroll import through_steps
 from krrst_dist.methods.dm import mean_distance
 from krrst_dist.methods.dsa import gradient_distance
 from krrst_dist.methods.kmeans import nearest_to_centres
-from krrst_dist.methods.mtt import matching_loss
 from krrst_dist.on_ray import cluster, pipeline, preflight
 from krrst_dist.recipes import PRETRAIN
 
@@ -45,13 +45,6 @@ def source(shared_data, tmp_path_factory) -> Source:
     return small_source(shared_data, tmp_path_factory.mktemp("methods"))
 
 
-@pytest.fixture
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def start_of(method: str, source: Source, **distill) -> DistilledSet:
     return plugins.load(method).start(config(method, **distill), source, None)
 
@@ -69,7 +62,7 @@ def belongs(source: Source, made: DistilledSet) -> np.ndarray:
 
 def test_every_method_has_published_settings_and_a_row_of_its_own():
     methods = [plugins.load(name) for name in plugins.names()]
-    assert {"krr_st", "random", "kmeans", "gaussian", "dsa", "dm", "mtt", "kip", "frepo", "ssl_bilevel"} <= set(plugins.names())
+    assert {"krr_st", "random", "kmeans", "gaussian", "dsa", "dm", "mtt", "kip", "frepo", "ssl_bilevel", "mkdt"} <= set(plugins.names())
     assert len({method.title for method in methods}) == len(methods)
     assert all(method.settings().m == 1000 for method in methods)
     dsa, dm = (plugins.load(name).settings() for name in ("dsa", "dm"))
@@ -80,7 +73,7 @@ def test_every_method_has_published_settings_and_a_row_of_its_own():
 def test_the_papers_presets_give_each_method_a_network_that_fits():
     for preset, labelled in {"cifar100": 100, "tinyimagenet": 200, "imagenet64": 1000, "imagenette": 10, "cifar100-cpu": 100,
                              "quickstart": 5}.items():
-        for name in ("dm", "dsa", "mtt", "kip", "frepo", "ssl_bilevel", "random", "kmeans", "gaussian"):
+        for name in ("dm", "dsa", "mtt", "kip", "frepo", "ssl_bilevel", "mkdt", "random", "kmeans", "gaussian"):
             made = load_preset(preset, method=name)
             plugins.load(name).check(made, training=400 * labelled, classes=[400] * labelled)
     one = load_preset("imagenet64", method="dsa").distill
@@ -347,9 +340,9 @@ def test_a_perfect_students_loss_is_0_and_that_of_one_that_stays_is_1():
 def test_an_expert_learns_and_its_weights_are_kept_after_every_epoch(source):
     shard, _, _, experts, _ = trained(source, teacher_epochs=12, teacher_lr=0.1)
     weights = experts["expert-1"]["weights"]
-    assert weights.shape == (13, shard._student.start.numel()) and not torch.equal(weights[0], experts["expert-0"]["weights"][0])
+    assert weights.shape == (13, shard.student.start.numel()) and not torch.equal(weights[0], experts["expert-0"]["weights"][0])
     images, labels = source.training_images(np.arange(54)), torch.from_numpy(source.labels)
-    first, last = (shard._student.loss(theta, images, labels).item() for theta in (weights[0], weights[-1]))
+    first, last = (shard.student.loss(theta, images, labels).item() for theta in (weights[0], weights[-1]))
     assert last < first
 
 
@@ -377,15 +370,15 @@ def three_cpus(outside) -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.mark.parametrize("method", ["kmeans", "dm", "dsa", "mtt", "kip", "frepo", "ssl_bilevel"])
+@pytest.mark.parametrize("method", ["kmeans", "dm", "dsa", "mtt", "kip", "frepo", "ssl_bilevel", "mkdt"])
 def test_one_and_three_actors_and_a_resumed_run_give_the_same_set(three_cpus, tmp_path, method):
     def run(out: str, *, resume: bool = False, **overrides) -> DistilledSet:
         steps = {} if method == "kmeans" else {"distill.updates": 4}
-        steps |= {"distill.network.widths": [4, 4]} if method in ("dm", "dsa", "mtt", "ssl_bilevel") else {}
+        steps |= {"distill.network.widths": [4, 4]} if method in ("dm", "dsa", "mtt", "ssl_bilevel", "mkdt") else {}
         steps |= {"distill.batch_real": 8} if method in ("dm", "dsa") else {}
         steps |= {"distill.outer_loop": 3, "distill.inner_loop": 1} if method == "dsa" else {}
         steps |= {"distill.experts": 3, "distill.teacher_epochs": 2, "distill.max_start_epoch": 1, "distill.expert_epochs": 1,
-                  "distill.steps": 2, "distill.lr_x": 10.0} if method == "mtt" else {}
+                  "distill.steps": 2, "distill.lr_x": 10.0} if method in ("mtt", "mkdt") else {}
         steps |= {"distill.batch": 8} if method == "kip" else {}
         steps |= {"distill.batch": 9, "distill.pool.size": 2, "distill.pool.network.widths": [4, 4]} if method == "frepo" else {}
         steps |= {"distill.steps": 2, "distill.batch": 8, "distill.projector": (4,)} if method == "ssl_bilevel" else {}
@@ -399,7 +392,7 @@ def test_one_and_three_actors_and_a_resumed_run_give_the_same_set(three_cpus, tm
     assert one.fingerprint == three.fingerprint
     if method != "kmeans":
         start = DistilledSet.load(tmp_path / "one" / "seed-0" / "start.safetensors")
-        assert not np.array_equal(start.x_syn, one.x_syn) and np.array_equal(start.y_syn, one.y_syn) == (method != "frepo")
+        assert not np.array_equal(start.x_syn, one.x_syn) and np.array_equal(start.y_syn, one.y_syn) == (method not in ("frepo", "mkdt"))
     if method == "dsa":
         run("resumed", **{"distill.updates": 2})
         assert run("resumed", resume=True).fingerprint == one.fingerprint

@@ -80,7 +80,7 @@ def outer_step(config: Config, classes: int, of_class: int, device: str) -> Call
 
     def read(chore: str) -> dict[str, Tensor]:
         if chore not in stored:  # an expert that moves a little in every epoch
-            p = parts[0]._student.start
+            p = parts[0].student.start
             moves = torch.randn(config.distill.teacher_epochs + 1, len(p), generator=seeds.torch_rng(0, chore)) * 1e-3
             stored[chore] = {"weights": p.cpu() + moves.cumsum(0)}
         return stored[chore]
