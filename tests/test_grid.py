@@ -140,7 +140,7 @@ def test_a_row_says_what_was_measured_with_what_on_what(whole):
 
 def test_each_network_is_trained_once_whoever_uses_it(whole):
     names = files(whole, "models")
-    assert len([name for name in names if name.startswith("encoder")]) == 3 * 2  # sets that are trained on, seeds
+    assert len([name for name in names if name.startswith("encoder")]) == len(KINDS) * 2  # sets that are trained on, seeds
     assert len([name for name in names if name.startswith("teacher")]) == 1
 
 
