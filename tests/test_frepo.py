@@ -270,6 +270,15 @@ def test_a_single_class_and_another_precision_are_refused():
         METHOD.check(rough, training=900, classes=[180] * 5)
 
 
+@pytest.mark.parametrize("preset, steps, warm_up", [("cifar100", 10_000, 500), ("tinyimagenet", 40_000, 500), ("imagenet64", 10_000, 500),
+                                                    ("imagenette", 1000, 500), ("quickstart", 300, 150)])
+def test_its_set_carries_the_published_recipe(source, preset, steps, warm_up):
+    settings = load_preset(preset, method="frepo").distill
+    recipe = METHOD.start(config(pretrain_steps=settings.pretrain_steps), source).recipe
+    assert (recipe["steps"], recipe["batch"], recipe["warmup_steps"]) == (steps, 500, warm_up)
+    assert (recipe["optimizer"], recipe["lr"]) == ("adamw", 3e-4)
+
+
 def test_its_result_is_a_set_with_soft_labels(source):
     start = METHOD.start(config(), source)
     made = METHOD.result(start, [torch.from_numpy(start.x_syn) + 1, torch.from_numpy(start.y_syn) * 2])

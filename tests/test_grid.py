@@ -518,6 +518,10 @@ def test_the_papers_grids_are_the_papers():
         made_by = {entry.method: config.method for entry in one.sets for config in load_presets(entry)}
         assert {method: made_by[method] for method in ("DSA", "DM", "KRR-ST")} == {"DSA": "dsa", "DM": "dm", "KRR-ST": "krr_st"}
     figure, kd = load_grid("figure3"), load_grid("table4")
+    compared = ["Random", "K-means", "DSA", "DM", "MTT", "KIP", "FRePo", "KRR-ST"]
+    rows = {name: {entry.method for entry in load_grid(name).sets} for name in ("table1", "table2", "table3", "table4")}
+    assert rows["table1"] >= {"from scratch", *compared} and rows["table2"] == rows["table1"] - {"KIP"}
+    assert rows["table3"] >= {"from scratch", "Random", "FRePo", "KRR-ST"} and rows["table4"] == {"Gaussian", *compared} - {"KIP"}
     assert [a.name for a in figure.architectures] == ["vgg11", "alexnet", "mobilenet", "resnet10"] and figure.targets == fine
     assert [a.name for a in kd.architectures] == ["convnet", "vgg11", "alexnet", "mobilenet", "resnet10"]
     assert (kd.tasks, kd.targets, kd.kd.epochs, kd.kd.batch) == (("kd",), ("cifar10",), 1000, 512)

@@ -67,6 +67,8 @@ class FRePoSettings(MethodSettings):
     """each synthetic image counts mirrored, too; published where there is one of each class (CIFAR-100, TinyImageNet)"""
     chunk_size: Positive | None = None
     """synthetic images whose activations are held at once; bounds memory, changes rounding only"""
+    pretrain_steps: Positive = 10_000
+    """steps of 500 images that networks are pre-trained for on the set: a part of its recipe"""
     pool: FRePoPool = FRePoPool()
 
     @model_validator(mode="after")
@@ -159,7 +161,8 @@ class FRePo(Method):
         """Random real images of each class; Y_s = (one-hot - 1 / C) / sqrt(C / 10)."""
         rows, classes = real_images.balanced(config, source), len(source.classes)
         x, y = source.training_images(rows).contiguous().numpy(), centred(source.labels[rows], classes) / math.sqrt(classes / 10)
-        return DistilledSet(x, y.astype("float32"), "soft", real_images.recipe("soft", config), source.space, source.class_names)
+        recipe = real_images.soft_recipe(config.distill.pretrain_steps)
+        return DistilledSet(x, y.astype("float32"), "soft", recipe, source.space, source.class_names)
 
     def outer(self, config: Config, start: DistilledSet, *, horizon: int) -> Outer:
         """LAMB; its learning rate follows a cosine to a tenth."""

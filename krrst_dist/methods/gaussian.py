@@ -31,7 +31,7 @@ class Gaussian(Method):
         m, side = config.distill.m, source.prepared.resolution
         x = seeds.numpy_rng(config.seed, "Gaussian images").standard_normal((m, 3, side, side), dtype=np.float32)
         y = np.zeros((m, max(1, len(source.class_names or ()))), np.float32)
-        return DistilledSet(x, y, "soft", real_images.recipe("soft", config), source.space, source.class_names)
+        return DistilledSet(x, y, "soft", real_images.soft_recipe(config.evaluate.pretrain.steps), source.space, source.class_names)
 
 
 METHOD = Gaussian()

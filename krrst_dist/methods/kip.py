@@ -55,6 +55,8 @@ class KIPSettings(MethodSettings):
     """learn Y_s, too, or keep each image's own class"""
     ridge: Annotated[float, Field(gt=0)] = 1e-6
     """lambda over the mean of K_ss's diagonal, which is differentiated"""
+    pretrain_steps: Positive = 10_000
+    """steps of 500 images that networks are pre-trained for on the set: a part of its recipe"""
     block: Positive = 2**20
     """numbers of a kernel's layer that are computed at once, at least those of a pair of images; bounds memory, changes rounding only.
     Ours"""
@@ -158,7 +160,7 @@ class KIP(Method):
         """Random real images of each class."""
         rows = real_images.balanced(config, source)
         x, y = source.training_images(rows).contiguous().numpy(), centred(source.labels[rows], len(source.classes))
-        return DistilledSet(x, y, "soft", real_images.recipe("soft", config), source.space, source.class_names)
+        return DistilledSet(x, y, "soft", real_images.soft_recipe(config.distill.pretrain_steps), source.space, source.class_names)
 
     def outer(self, config: Config, start: DistilledSet, *, horizon: int) -> Outer:
         """Adam with a constant learning rate."""

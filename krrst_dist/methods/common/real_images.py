@@ -14,7 +14,7 @@ from krrst_dist import seeds
 from krrst_dist.artifacts import DistilledSet
 from krrst_dist.config import Config, ConfigError
 from krrst_dist.methods.common.source import Source
-from krrst_dist.recipes import PRETRAIN
+from krrst_dist.recipes import LOSSES, PRETRAIN
 
 LOSSES = {"class": "cross-entropy", "soft": "half squared error, summed over classes", "none": "Barlow Twins, on two views of each image"}
 """by the kind of a set's labels, for readers without this package"""
@@ -75,7 +75,15 @@ def all_targets(config: Config, source: Source) -> DistilledSet:
     return labelled_as("targets", config, source, np.arange(len(source.training)))
 
 
-def recipe(kind: str, config: Config) -> dict[str, Any]:
-    """The recipe for labels of this kind, as it is stored with a set; steps and images a step are the run's own."""
+def recipe(kind: Literal["class", "none"], config: Config) -> dict[str, Any]:
+    """The published recipe for sets with classes, or ours for sets without labels, as it is stored with a set; steps and images a step are
+    the run's own."""
     own = {"steps": config.evaluate.pretrain.steps, "batch": config.evaluate.pretrain.batch}
     return PRETRAIN[kind].model_copy(update=own).recipe(LOSSES[kind])
+
+
+def soft_recipe(steps: int) -> dict[str, Any]:
+    """The published recipe for sets with soft labels, of so many steps; the learning rate rises in 500 of them, at most half."""
+    published = PRETRAIN["soft"]
+    changes = {"steps": steps, "warmup_steps": min(published.warmup_steps, steps // 2)}
+    return published.model_copy(update=changes).recipe(LOSSES["soft"])
