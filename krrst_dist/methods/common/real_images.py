@@ -14,7 +14,7 @@ from krrst_dist import seeds
 from krrst_dist.artifacts import DistilledSet
 from krrst_dist.config import Config, ConfigError
 from krrst_dist.methods.common.source import Source
-from krrst_dist.recipes import LOSSES, PRETRAIN
+from krrst_dist.recipes import PRETRAIN
 
 LOSSES = {"class": "cross-entropy", "soft": "half squared error, summed over classes", "none": "Barlow Twins, on two views of each image"}
 """by the kind of a set's labels, for readers without this package"""
