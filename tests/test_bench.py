@@ -204,6 +204,6 @@ def test_the_serial_run_ends_with_a_transfer_table_and_its_files(tmp_path, capsy
 def test_every_method_that_learns_is_timed_at_equal_m(capsys):
     costs = bench_methods(preset="quickstart", m=10, classes=5, of_class=20, rounds=2)
     shown = capsys.readouterr().out
-    assert list(costs) == ["krr_st", "dsa", "dm", "mtt", "kip", "frepo"]
+    assert list(costs) == ["krr_st", "dsa", "dm", "mtt", "kip", "frepo", "mkdt", "ssl_bilevel"]
     assert all(len(cost.seconds) == 2 and min(cost.seconds) > 0 and cost.memory > 0 for cost in costs.values())
     assert all(f"| {title} | 10 |" in shown for title in ("KRR-ST", "DSA", "DM", "MTT"))

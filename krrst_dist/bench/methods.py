@@ -14,7 +14,7 @@ from krrst_dist import plugins, seeds
 from krrst_dist.artifacts import Space
 from krrst_dist.bench import measure
 from krrst_dist.bench.problem import MEAN, STD, Problem
-from krrst_dist.config import Config, load_preset
+from krrst_dist.config import DEFAULT_METHOD, Config, load_preset
 from krrst_dist.data.stream import centred
 
 
@@ -25,7 +25,7 @@ class RandomSource:
     space = Space("normalised", MEAN, STD)
 
     def __init__(self, config: Config, classes: int, of_class: int) -> None:
-        self._side = config.source.resolution
+        self._config, self._side = config, config.source.resolution
         self.training = np.arange(classes * of_class)
         self.labels = self.training % classes
         self.classes = tuple(np.arange(label, len(self.training), classes) for label in range(classes))
@@ -33,6 +33,11 @@ class RandomSource:
     @cached_property
     def _images(self) -> Tensor:
         return torch.randn(256, 3, self._side, self._side, generator=seeds.torch_rng(0, "bench images"))
+
+    @property
+    def targets(self) -> RandomTargets:
+        """As many dimensions as the preset's target has."""
+        return RandomTargets(Problem(self._config).k)
 
     def training_images(self, rows: np.ndarray) -> Tensor:
         """[n, C, H, W]; the same 256 again and again."""
@@ -47,6 +52,17 @@ class RandomSource:
     def some_of_class(self, label: int, count: int, *, seed: int, purpose: str, step: int) -> Tensor:
         """The first `count` of a class."""
         return self.training_images(self.classes[label][:count])
+
+
+@dataclass(frozen=True)
+class RandomTargets:
+    """Random representations of k dimensions."""
+
+    k: int
+
+    def look_up(self, index: np.ndarray) -> Tensor:
+        """[n, k]."""
+        return torch.randn(len(index), self.k, generator=seeds.torch_rng(0, "bench targets"))
 
 
 @dataclass(frozen=True)
@@ -72,19 +88,19 @@ class MethodCost:
 def outer_step(config: Config, classes: int, of_class: int, device: str) -> Callable[[], None]:
     """One outer step of a method that learns, on random images: what all its shards do, one after the other."""
     method = plugins.load(config.method)
-    if method.needs_targets(config.distill):
+    if config.method == DEFAULT_METHOD:
         return Problem(config, device).ours()
     source = RandomSource(config, classes, of_class)
-    start = method.start(config, source, None)
     stored: dict[str, dict[str, Tensor]] = {}
 
     def read(chore: str) -> dict[str, Tensor]:
         if chore not in stored:  # an expert that moves a little in every epoch
-            p = parts[0].student.start
+            p = method.student(config, source, torch.device("cpu"), "student").start
             moves = torch.randn(config.distill.teacher_epochs + 1, len(p), generator=seeds.torch_rng(0, chore)) * 1e-3
-            stored[chore] = {"weights": p.cpu() + moves.cumsum(0)}
+            stored[chore] = {"weights": p + moves.cumsum(0), "losses": torch.zeros(len(source.training))}
         return stored[chore]
 
+    start = method.start(config, source, read)
     parts = [method.part(config, source, start, s, read=read, device=torch.device(device)) for s in range(config.distill.shards)]
     outer = method.outer(config, start, horizon=config.distill.horizon)
 
@@ -98,9 +114,11 @@ def outer_step(config: Config, classes: int, of_class: int, device: str) -> Call
     return step
 
 
-def bench_methods(*, preset: str = "cifar100-cpu", methods: tuple[str, ...] = ("krr_st", "dsa", "dm", "mtt", "kip", "frepo"),
-                  m: int | None = None, classes: int = 100, of_class: int = 480, rounds: int = 3, threads: int = 1,
-                  device: str = "cpu") -> dict[str, MethodCost]:
+METHODS = ("krr_st", "dsa", "dm", "mtt", "kip", "frepo", "mkdt", "ssl_bilevel")
+
+
+def bench_methods(*, preset: str = "cifar100-cpu", methods: tuple[str, ...] = METHODS, m: int | None = None, classes: int = 100,
+                  of_class: int = 480, rounds: int = 3, threads: int = 1, device: str = "cpu") -> dict[str, MethodCost]:
     """Time outer steps of several methods in turns, after one each that is not timed, and measure their peak memory.
 
     Args:
