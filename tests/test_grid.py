@@ -312,7 +312,7 @@ def on_this_cluster() -> dict[str, str]:
 
 
 def test_a_grid_killed_at_any_moment_and_started_again_redoes_only_what_was_not_finished(whole, tmp_path):
-    sets, file = sets_of(whole.parent), tmp_path / "grid.yaml"
+    sets, file = sets_of(whole.parent, "features", "soft", "class"), tmp_path / "grid.yaml"
     file.write_text(yaml.safe_dump(SMALL | SEEDS_AND_SPLIT | {"sets": sets}))
     stopped = subprocess.Popen(command(tmp_path / "run", file), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in stopped.stdout:
