@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
+import method_runs
 import numpy as np
 import pytest
 import ray
@@ -25,7 +30,8 @@ from krrst_dist.methods.common.unroll import through_steps
 from krrst_dist.methods.dm import mean_distance
 from krrst_dist.methods.dsa import gradient_distance
 from krrst_dist.methods.kmeans import nearest_to_centres
-from krrst_dist.on_ray import cluster, pipeline, preflight
+from krrst_dist.on_ray import cluster, preflight
+from krrst_dist.on_ray.progress import curve, read_history
 from krrst_dist.recipes import PRETRAIN
 
 CPU = torch.device("cpu")
@@ -370,29 +376,38 @@ def three_cpus(outside) -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.mark.parametrize("method", ["kmeans", "dm", "dsa", "mtt", "kip", "frepo", "ssl_bilevel", "mkdt"])
-def test_one_and_three_actors_and_a_resumed_run_give_the_same_set(three_cpus, tmp_path, method):
-    def run(out: str, *, resume: bool = False, **overrides) -> DistilledSet:
-        steps = {} if method == "kmeans" else {"distill.updates": 4}
-        steps |= {"distill.network.widths": [4, 4]} if method in ("dm", "dsa", "mtt", "ssl_bilevel", "mkdt") else {}
-        steps |= {"distill.batch_real": 8} if method in ("dm", "dsa") else {}
-        steps |= {"distill.outer_loop": 3, "distill.inner_loop": 1} if method == "dsa" else {}
-        steps |= {"distill.experts": 3, "distill.teacher_epochs": 2, "distill.max_start_epoch": 1, "distill.expert_epochs": 1,
-                  "distill.steps": 2, "distill.lr_x": 10.0} if method in ("mtt", "mkdt") else {}
-        steps |= {"distill.batch": 8} if method == "kip" else {}
-        steps |= {"distill.batch": 9, "distill.pool.size": 2, "distill.pool.network.widths": [4, 4]} if method == "frepo" else {}
-        steps |= {"distill.steps": 2, "distill.batch": 8, "distill.projector": (4,)} if method == "ssl_bilevel" else {}
-        small = {"repeats": 1, "target.steps": 0, "distill.m": 11, "distill.shards": 3, "evaluate.datasets": (), "evaluate.networks": 1,
-                 "evaluate.pretrain.steps": 2, "engine.checkpoint_every": 2}
-        made = load_preset("quickstart", method=method, **small | steps | overrides)
-        assert pipeline.run(made, data="/nowhere", out=str(tmp_path / out), resume=resume, until="distill") == 0
-        return DistilledSet.load(tmp_path / out / "seed-0" / "distilled.safetensors")
+@pytest.fixture(scope="module")
+def undisturbed(three_cpus, tmp_path_factory) -> Callable[[str], Path]:
+    """Method -> the folder of its run on one actor."""
+    @cache
+    def folder(method: str) -> Path:
+        out = tmp_path_factory.mktemp(method) / "one"
+        method_runs.run(method, out)
+        return out
 
-    one, three = run("one"), run("three", **{"engine.actors": 3})
+    return folder
+
+
+def parts_of(run: Path) -> tuple[DistilledSet, DistilledSet]:
+    """What a run began with, and what it came to."""
+    return tuple(DistilledSet.load(run / "seed-0" / f"{name}.safetensors") for name in ("start", "distilled"))
+
+
+@pytest.mark.parametrize("method", method_runs.SMALL)
+def test_one_and_three_actors_make_the_same_set(undisturbed, tmp_path, method):
+    one, three = parts_of(undisturbed(method))[-1], method_runs.run(method, tmp_path / "three", actors=3)
     assert one.fingerprint == three.fingerprint
-    if method != "kmeans":
-        start = DistilledSet.load(tmp_path / "one" / "seed-0" / "start.safetensors")
-        assert not np.array_equal(start.x_syn, one.x_syn) and np.array_equal(start.y_syn, one.y_syn) == (method not in ("frepo", "mkdt"))
-    if method == "dsa":
-        run("resumed", **{"distill.updates": 2})
-        assert run("resumed", resume=True).fingerprint == one.fingerprint
+
+
+@pytest.mark.parametrize("method", method_runs.LEARN)
+def test_a_killed_run_goes_on_to_what_it_would_have_come_to(undisturbed, tmp_path, method):
+    start, end = parts_of(undisturbed(method))
+    assert not np.array_equal(start.x_syn, end.x_syn)
+    assert np.array_equal(start.y_syn, end.y_syn) == (method not in ("krr_st", "frepo", "mkdt"))  # who learns labels, too
+    killed = subprocess.run([sys.executable, method_runs.__file__, method, tmp_path / "run", ray.get_runtime_context().gcs_address],
+                            env=os.environ | {"RAY_AUTH_MODE": "token"}, capture_output=True, text=True, timeout=180)
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    assert not (tmp_path / "run" / "seed-0" / "distilled.safetensors").exists()
+    assert method_runs.run(method, tmp_path / "run", resume=True).fingerprint == end.fingerprint
+    losses = [curve(read_history(str(run / "seed-0")), "loss") for run in (tmp_path / "run", undisturbed(method))]
+    assert losses[0] == losses[1] and len(losses[0]) == method_runs.UPDATES
