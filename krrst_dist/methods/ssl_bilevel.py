@@ -145,9 +145,5 @@ class SSLBilevel(Method):
         """Shard `index`."""
         return SSLBilevelPart(config, source, index, torch.device(device))
 
-    def network(self, config: Config) -> NetworkSettings:
-        """The one that is trained in it."""
-        return config.distill.network
-
 
 METHOD = SSLBilevel()

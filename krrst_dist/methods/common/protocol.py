@@ -142,5 +142,5 @@ class Method:
         return 0
 
     def network(self, config: Config) -> NetworkSettings:
-        """The network that quick checks of the set are made with."""
-        return NetworkSettings(widths=(128, 256, 512))
+        """The network that quick checks of the set are made with: the one it is distilled with, where there is one."""
+        return getattr(config.distill, "network", NetworkSettings(widths=(128, 256, 512)))
