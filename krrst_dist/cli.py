@@ -26,6 +26,7 @@ USAGE = """krrst: self-supervised dataset distillation (KRR-ST)
   krrst evaluate    ... and measure what the sets are worth (what jobs/distill_imagenet.py does)
   krrst grid        distilled sets x architectures x targets x tasks x seeds (what jobs/transfer_grid.py does)
   krrst submit      one of the two as a job on a Ray cluster (RAY_ADDRESS or --address; else one started here)
+  krrst status      is a run alive, how far is it, when will it end? From its folder or URI alone
   krrst report      the paper's tables of a grid's results
   krrst results     a results store: show, merge, export
   krrst theorem1    the paper's Theorem 1 as an experiment
@@ -182,6 +183,12 @@ def _submit(arguments: list[str]) -> int | None:
     return submit.submit(others, address=own.address, script=f"jobs/{own.job}.py")
 
 
+def _status(arguments: list[str]) -> int | None:
+    from krrst_dist.on_ray import status
+
+    return status.main(arguments)
+
+
 def _report(arguments: list[str]) -> int | None:
     from krrst_dist import results
 
@@ -234,7 +241,7 @@ def _flagged(arguments: list[str], *flags: str) -> list[str]:
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     **{name: _stage(name) for name in ("prepare", "target", "distill", "evaluate")},
-    "grid": _grid, "submit": _submit, "report": _report, "results": _results, "theorem1": _theorem1,
+    "grid": _grid, "submit": _submit, "status": _status, "report": _report, "results": _results, "theorem1": _theorem1,
     "export": _export, "import": _import, "bench": _bench, "doctor": _doctor,
 }
 

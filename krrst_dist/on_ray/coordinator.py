@@ -24,8 +24,9 @@ from krrst_dist.config import Config, ConfigError
 from krrst_dist.on_ray.aggregate import Aggregator, ObjectStoreAggregator
 from krrst_dist.on_ray.checkpoint import Checkpoint, Facts
 from krrst_dist.on_ray.cluster import ClusterError, Rooms
-from krrst_dist.on_ray.errors import EngineError, LostActor
+from krrst_dist.on_ray.errors import EngineError, LostActor, TakenOverError
 from krrst_dist.on_ray.group import START, WorkerGroup
+from krrst_dist.on_ray.heartbeat import Heartbeat
 from krrst_dist.on_ray.progress import ProgressLine, Record, curve, read_history
 from krrst_dist.on_ray.resume import check_resume, checkpoints_of, facts, nothing_readable
 from krrst_dist.on_ray.worker import Build, Do, Host, Measure
@@ -74,7 +75,7 @@ class Work:
 
 
 class Coordinator:
-    """One run, in the folder or URI `directory` (checkpoints/, tensorboard/, history.parquet).
+    """One run, in the folder or URI `directory` (checkpoints/, tensorboard/, history.parquet, status.json).
 
     config: `distill`, `engine` and `evaluate` are used, and `trajectory()` is what a resumed run must have in common.
     data: fingerprints of what the shards read, by name; a resumed run must have them in common, too.
@@ -91,6 +92,7 @@ class Coordinator:
         self._rooms = rooms or Rooms(config.engine.threads, config.engine.gpus, config.engine.actors)
         self._prefix = f"{name}: " if name else ""
         self._checkpoints = checkpoints_of(config, directory)
+        self._heart = Heartbeat(directory, updates=config.distill.updates)
         self._horizon = config.distill.horizon
         self._last: str | None = None  # the last good checkpoint
         self._saved = 0  # checkpoints written by this process
@@ -104,7 +106,7 @@ class Coordinator:
         """
         with sigterm_as_interrupt():
             try:
-                return self._finished() or self._despite_failures()
+                return self._finished() or self._with_a_heartbeat()
             except KeyboardInterrupt:
                 self._say(f"stopped; {self._how_to_go_on()}")
                 raise SystemExit(INTERRUPTED) from None
@@ -137,6 +139,22 @@ class Coordinator:
         if self._work.measure is not None and not {0, outer.steps} <= {step for step, _ in outcome.held_out}:
             return None  # the run's table is gone: what it ends with is measured again
         self._say(f"the run in {self._directory} is finished: all {outer.steps} updates are done")
+        return outcome
+
+    def _with_a_heartbeat(self) -> Outcome:
+        self._heart.start()
+        try:
+            outcome = self._despite_failures()
+        except TakenOverError:
+            self._heart.stop()  # the folder is another process's now
+            raise
+        except KeyboardInterrupt:
+            self._heart.end("stopped")
+            raise
+        except Exception as error:
+            self._heart.end("failed", str(error))
+            raise
+        self._heart.end("finished")
         return outcome
 
     def _despite_failures(self) -> Outcome:
@@ -204,6 +222,7 @@ class Coordinator:
                 update = aggregator.update(step)
                 done = step + 1
                 record.update(done, update, lr=lr)
+                self._heart.update(done, update.total)
                 line.show(done, f"loss {update.contribution.loss:.4g}" + (f"  held-out {record.held_out:.4g}" if record.held_out else ""))
                 if done % every == 0 or done == updates:
                     self._measure_held_out(group, aggregator.shared, record, step=done)
@@ -259,6 +278,7 @@ class Coordinator:
             shards = sorted((saved for answer in answers for saved in answer), key=lambda saved: saved.shard)
             self._last = self._checkpoints.finish(step, state, shards, self._facts())
             self._saved += 1
+            self._heart.checkpoint(self._last, step)
         except (storage.StorageError, DivergedError):
             with suppress(EngineError):
                 group.everywhere("host", silence=START)  # answered when the others have written their part
@@ -278,6 +298,7 @@ class Coordinator:
                 continue
             outer.load_state_dict(state)
             self._last = checkpoint.uri
+            self._heart.checkpoint(self._last, checkpoint.step)
             return outer, True
         if names:
             raise nothing_readable(self._checkpoints, names)
@@ -311,6 +332,7 @@ class Coordinator:
                 f"and with that changed it would be another run: start one with another --out")
 
     def _say(self, line: str) -> None:
+        self._heart.says(line)
         print(f"{self._prefix}{line}", flush=True)
 
 

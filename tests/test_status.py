@@ -1,0 +1,167 @@
+"""A run's sign of life on storage, and what `krrst status` makes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import engine_parts
+import pytest
+import ray
+
+from krrst_dist import cli
+from krrst_dist.artifacts import ArtifactError
+from krrst_dist.on_ray import status
+from krrst_dist.on_ray.heartbeat import FILE, Beat, Heartbeat
+
+ray.cloudpickle.register_pickle_by_value(engine_parts)
+NOON = 1_800_000_000.0
+
+
+class Clock:
+    """A clock that only its owner moves."""
+
+    def __init__(self, now: float = NOON) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def beat_of(folder: Path, **changes) -> Beat:
+    """The file of a run that said something at noon."""
+    heart = Heartbeat(str(folder), updates=100, clock=lambda: NOON)
+    heart.start()
+    for step, seconds in enumerate([9.0, 0.5, 0.5], 1):
+        heart.update(step, seconds)
+    heart.checkpoint("here/step-2", 2)
+    heart.update(3, 0.5)
+    heart.says("update 3: all is well")
+    heart.end("running")
+    write(folder, replace(Beat.read(str(folder)), **changes))
+    return Beat.read(str(folder))
+
+
+def write(folder: Path, beat: Beat) -> None:
+    about = json.loads((folder / FILE).read_text())
+    (folder / FILE).write_text(json.dumps(about | vars(beat)))
+
+
+def test_a_beat_says_step_speed_checkpoint_and_what_the_run_does(tmp_path):
+    beat = beat_of(tmp_path)
+    assert (beat.step, beat.updates, beat.seconds, beat.checkpoint, beat.written) == (3, 100, 0.5, "here/step-2", NOON)
+    words = status.in_words("run", beat, alive=True)
+    assert "alive, update 3 of 100" in words and "0.5 s an update, time left 0:00:48" in words and "all is well" in words
+    assert "gone without a word" in (words := status.in_words("run", beat, alive=False)) and "--resume" in words
+
+
+def test_it_beats_by_itself(tmp_path):
+    heart = Heartbeat(str(tmp_path), updates=1, every=0.02)
+    heart.start()
+    deadline = time.monotonic() + 30
+    while (beat := Beat.read(str(tmp_path))) is None or beat.number < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    heart.end("finished")
+    last = Beat.read(str(tmp_path))
+    time.sleep(0.1)
+    assert last.state == "finished" and Beat.read(str(tmp_path)) == last
+
+
+def test_a_young_beat_is_believed_and_an_old_one_watched_in_vain(tmp_path):
+    runs, clock = {str(tmp_path): beat_of(tmp_path)}, Clock(NOON + 30)
+    assert status.is_alive(runs, clock=clock, sleep=clock.sleep) == {str(tmp_path): True} and clock.now == NOON + 30
+    clock = Clock(NOON + 3600)
+    assert status.is_alive(runs, clock=clock, sleep=clock.sleep) == {str(tmp_path): False}
+    assert clock.now == NOON + 3600 + status.LATE  # no longer than that
+
+
+@pytest.mark.parametrize("skew", [-3600, 3600])
+def test_a_run_whose_clock_is_an_hour_off_is_alive_by_its_next_beat(tmp_path, skew):
+    beat, clock = beat_of(tmp_path), Clock(NOON + skew)
+
+    def sleep(seconds: float) -> None:
+        clock.sleep(seconds)
+        if clock.now == NOON + skew + 15:
+            write(tmp_path, replace(beat, number=beat.number + 1))
+
+    assert status.is_alive({str(tmp_path): beat}, clock=clock, sleep=sleep) == {str(tmp_path): True} and clock.now == NOON + skew + 15
+
+
+def test_a_run_that_was_started_again_is_alive_though_it_counts_anew(tmp_path):
+    beat, clock = beat_of(tmp_path), Clock(NOON + 3600)
+    write(tmp_path, replace(beat, process="another"))
+    assert status.is_alive({str(tmp_path): beat}, clock=clock, sleep=clock.sleep) == {str(tmp_path): True}
+
+
+@pytest.mark.parametrize("state", ["finished", "stopped", "failed"])
+def test_what_has_ended_is_not_waited_for(tmp_path, state):
+    clock = Clock()
+    assert status.is_alive({str(tmp_path): beat_of(tmp_path, state=state)}, clock=clock, sleep=clock.sleep) == {str(tmp_path): False}
+    assert clock.now == NOON
+
+
+def test_storage_that_refuses_a_beat_does_not_stop_the_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    heart = Heartbeat(str(tmp_path / "file" / "run"), updates=1, every=0.01)
+    heart.start()
+    time.sleep(0.05)
+    heart.end("finished")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "krrst_dist status, version 1"}', '{"format": "other"}'])
+def test_a_file_that_is_not_ours_is_refused(tmp_path, text):
+    (tmp_path / FILE).write_text(text)
+    with pytest.raises(ArtifactError, match=r"status.json does not tell how the run is doing"):
+        Beat.read(str(tmp_path))
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
+    assert cli.main(["status", str(tmp_path)]) == 1
+    assert "no run has left a sign of life there; give the folder or URI that --out was" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    ray.init(address="local", num_cpus=3, object_store_memory=300_000_000, include_dashboard=False, logging_level="warning",
+             log_to_driver=False)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+def test_a_real_run_is_alive_until_it_is_killed_and_finished_when_it_has_gone_on(cluster, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "seed-0"
+    driver = subprocess.Popen([sys.executable, engine_parts.__file__, str(run), "60", cluster], env=os.environ | {"RAY_AUTH_MODE": "token"},
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(run.glob("checkpoints/step-*/manifest.json")):
+        assert time.monotonic() < deadline, "no checkpoint within 60 s"
+        time.sleep(0.02)
+    assert cli.main(["status", str(tmp_path)]) == 0
+    assert f"{run}: alive, " in capsys.readouterr().out
+    driver.send_signal(signal.SIGKILL)
+    driver.wait(timeout=30)
+    clock = Clock(time.time() + 3600)
+    assert status.is_alive(status.runs_in(str(tmp_path)), clock=clock, sleep=clock.sleep) == {str(run): False}
+    engine_parts.run(engine_parts.config(updates=60), run, resume=True)
+    assert cli.main(["status", str(run)]) == 0
+    words = capsys.readouterr().out
+    assert f"{run}: finished, update 60 of 60" in words and "last checkpoint: " in words
+
+
+def test_a_run_that_fails_says_why(cluster, tmp_path):
+    settings = engine_parts.config(updates=4, lr=1e30)
+    with pytest.raises((ArithmeticError, ValueError)) as failed:
+        engine_parts.run(settings, tmp_path)
+    beat = Beat.read(str(tmp_path))
+    assert beat.state == "failed" and str(failed.value).partition(";")[0] in beat.doing
