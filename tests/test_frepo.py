@@ -284,3 +284,9 @@ def test_its_result_is_a_set_with_soft_labels(source):
     made = METHOD.result(start, [torch.from_numpy(start.x_syn) + 1, torch.from_numpy(start.y_syn) * 2])
     assert isinstance(made, DistilledSet)
     assert (made.label_kind, made.x_syn[0, 0, 0, 0]) == ("soft", start.x_syn[0, 0, 0, 0] + 1)
+
+
+def test_a_network_without_biases_in_its_convolutions_starts_too():
+    network = networks.with_head(networks.build("resnet10", resolution=64), 3)
+    lecun_normal(network)
+    assert all(value.isfinite().all() for value in network.parameters())

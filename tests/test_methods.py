@@ -103,6 +103,24 @@ def test_sizes_that_a_class_wise_method_cannot_take_are_refused(changes, message
         plugins.load("dm").check(config("dm", **changes), training=54, classes=[30, 5, 19])
 
 
+def test_more_shards_than_classes_are_refused():
+    with pytest.raises(ConfigError, match=r"distill.shards = 4: DM shares out classes, and there are 3; take at most 3"):
+        plugins.load("dm").check(config("dm", shards=4), training=54, classes=[18] * 3)
+
+
+@pytest.mark.parametrize("method", ["dsa", "mtt", "kip", "frepo"])
+def test_a_single_class_is_refused_where_the_loss_compares_classes(method):
+    with pytest.raises(ConfigError, match=r"source.dataset = 'cifar100': it has a single class, and \w+'s loss compares classes"):
+        plugins.load(method).check(config(method), training=54, classes=[54])
+    plugins.load("dm").check(config("dm"), training=54, classes=[54])
+
+
+@pytest.mark.parametrize("method", ["random", "kmeans", "gaussian"])
+def test_outer_steps_of_a_method_that_has_none_are_refused(method):
+    with pytest.raises(ConfigError, match=r"updates = 5: this method selects images and has no outer steps; leave it out"):
+        config(method, updates=5)
+
+
 OUTSIDE = '''
 from krrst_dist.config import MethodSettings
 from krrst_dist.methods.common import real_images

@@ -7,6 +7,7 @@ make a trajectory, at whose start theta is fresh. Every shard trains the same th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -20,6 +21,7 @@ from krrst_dist.algorithm import DivergedError
 from krrst_dist.artifacts import DistilledSet
 from krrst_dist.augment.diff_augment import diff_augment
 from krrst_dist.config import Config, Positive
+from krrst_dist.methods.common import real_images
 from krrst_dist.methods.common.class_wise import ClassWise, ClassWisePart, ClassWiseSettings, network_of
 from krrst_dist.methods.common.protocol import Tensors
 from krrst_dist.methods.common.source import Source
@@ -124,6 +126,11 @@ class DSA(ClassWise):
     title = "DSA"
     settings = DSASettings
     shard = DSAPart
+
+    def check(self, config: Config, *, training: int, classes: Sequence[int] | None) -> None:
+        """As of every method that goes class by class, and two classes: theta is trained to tell them apart. Raises ConfigError."""
+        super().check(config, training=training, classes=classes)
+        real_images.check_several_classes(config, classes, self.title)
 
 
 METHOD = DSA()

@@ -107,7 +107,8 @@ def lecun_normal(module: nn.Module) -> None:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             std = 1 / math.sqrt(layer.weight[0].numel()) / 0.87962566103423978  # of a normal that is cut there
             nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
         elif isinstance(layer, nn.BatchNorm2d):
             layer.momentum = 0.9  # the new statistics' share
 
@@ -146,9 +147,7 @@ class FRePo(Method):
         """Enough images, two classes, a batch for every shard, a network that takes the resolution, float32. Raises ConfigError."""
         settings = config.distill
         real_images.check_enough(config, training, classes)
-        if classes is not None and len(classes) < 2:
-            raise ConfigError(f"source.dataset = {config.source.dataset!r}: it has a single class, and FRePo's loss compares two; take "
-                              f"another source")
+        real_images.check_several_classes(config, classes, self.title)
         owned, asked = training // settings.shards, settings.batch // settings.shards
         if asked > owned:
             raise ConfigError(f"distill.batch = {settings.batch}: each of the {settings.shards} shard(s) reads {asked} images a batch but "

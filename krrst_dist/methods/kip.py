@@ -139,9 +139,13 @@ class KIP(Method):
         return True
 
     def check(self, config: Config, *, training: int, classes: Sequence[int] | None) -> None:
-        """Enough images, one for each class, a real image for every shard, a resolution that can be pooled, float32. Raises ConfigError."""
+        """Enough images, two classes, one for each class, a real image for every shard, a resolution that can be pooled, float32.
+
+        Raises ConfigError.
+        """
         settings, resolution = config.distill, config.source.resolution
         real_images.check_enough(config, training, classes)
+        real_images.check_several_classes(config, classes, self.title)
         if classes is not None and settings.m < len(classes):
             raise ConfigError(f"distill.m = {settings.m}: KIP starts with real images of each of the {len(classes)} classes; take at least "
                               f"{len(classes)}")

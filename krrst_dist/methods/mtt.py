@@ -25,7 +25,8 @@ from krrst_dist.methods.common.trajectories import TrajectoryMethod, TrajectoryS
 
 
 class MTTSettings(TrajectorySettings):
-    """The published values for CIFAR-100, 10 images a class; TinyImageNet's are in its preset."""
+    """The published values for CIFAR-100, 10 images a class; TinyImageNet's are in its preset. Images are normalised by the source's own
+    statistics; the authors took CIFAR-10's for CIFAR-100 and ImageNet's for TinyImageNet, where the same lr_x is a smaller step."""
 
     updates: Annotated[Positive, tyro.conf.arg(aliases=("--updates",))] = 5000
     """outer steps"""
@@ -43,8 +44,9 @@ class MTT(TrajectoryMethod):
         return True
 
     def check(self, config: Config, *, training: int, classes: Sequence[int] | None) -> None:
-        """Enough images, a network that takes the resolution, float32. Raises ConfigError."""
+        """Enough images, two classes, a network that takes the resolution, float32. Raises ConfigError."""
         real_images.check_enough(config, training, classes)
+        real_images.check_several_classes(config, classes, self.title)
         check_network(config, self.title)
 
     def outputs(self, source: Source) -> int:

@@ -56,7 +56,8 @@ def check_images(config: Config, count: int, *, distils: bool, labels: np.ndarra
     if needs_targets(config) or not distils:
         check_target(config, len(training))
     if distils:
-        method.check(config, training=len(training), classes=None if labels is None else np.bincount(labels[training]).tolist())
+        classes = None if labels is None else np.bincount(labels[training], minlength=labels.max() + 1).tolist()
+        method.check(config, training=len(training), classes=classes)
 
 
 def check_labels(config: Config, labelled: bool) -> None:

@@ -24,7 +24,8 @@ from krrst_dist.methods.common.source import Source
 
 
 class ClassWiseSettings(MethodSettings):
-    """What DSA and DM have in common."""
+    """What DSA and DM have in common. Images are normalised by the source's own statistics; the authors took ImageNet's for TinyImageNet,
+    where the same lr_x is a smaller step."""
 
     network: NetworkSettings = NetworkSettings(widths=(128, 128, 128), norm="instance")
     """what the images are compared with; published for 32 px (four widths for 64 px)"""
@@ -49,6 +50,9 @@ class ClassWise(Method):
         if classes is not None and m < len(classes):
             raise ConfigError(f"distill.m = {m}: {self.title} goes class by class, and each of the {len(classes)} classes needs an image "
                               f"of its own; take at least {len(classes)}")
+        if classes is not None and config.distill.shards > len(classes):
+            raise ConfigError(f"distill.shards = {config.distill.shards}: {self.title} shares out classes, and there are {len(classes)}; "
+                              f"take at most {len(classes)}")
         check_network(config, self.title)
 
     def start(self, config: Config, source: Source, read: Read | None = None) -> DistilledSet:

@@ -6,13 +6,15 @@ ceiling of what m images can teach. Knows files and settings; not who uses the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import model_validator
 
 from krrst_dist import seeds
 from krrst_dist.artifacts import DistilledSet
-from krrst_dist.config import Config, ConfigError
+from krrst_dist.config import Config, ConfigError, MethodSettings
 from krrst_dist.methods.common.source import Source
 from krrst_dist.recipes import PRETRAIN
 
@@ -25,6 +27,23 @@ def shares(m: int, classes: int, seed: int) -> np.ndarray:
     share = np.full(classes, m // classes)
     share[seeds.numpy_rng(seed, "larger classes").permutation(classes)[: m % classes]] += 1
     return share
+
+
+class SelectionSettings(MethodSettings):
+    """Of a method that selects images."""
+
+    @model_validator(mode="after")
+    def _has_no_outer_steps(self) -> SelectionSettings:
+        if self.updates:
+            raise ValueError(f"updates = {self.updates}: this method selects images and has no outer steps; leave it out")
+        return self
+
+
+def check_several_classes(config: Config, classes: Sequence[int] | None, title: str) -> None:
+    """For a method whose loss says nothing about a single class. Raises ConfigError."""
+    if classes is not None and len(classes) < 2:
+        raise ConfigError(f"source.dataset = {config.source.dataset!r}: it has a single class, and {title}'s loss compares classes; take "
+                          f"another source")
 
 
 def check_enough(config: Config, training: int, classes: list[int] | None) -> None:
