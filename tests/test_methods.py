@@ -23,6 +23,7 @@ from krrst_dist.algorithm import DivergedError, total
 from krrst_dist.artifacts import DistilledSet
 from krrst_dist.augment.diff_augment import diff_augment
 from krrst_dist.config import Config, ConfigError, load_preset
+from krrst_dist.data.prepared import held_out_split
 from krrst_dist.methods.common import real_images as real
 from krrst_dist.methods.common.source import Source
 from krrst_dist.methods.common.trajectories import matching_loss
@@ -117,8 +118,16 @@ def test_a_single_class_is_refused_where_the_loss_compares_classes(method):
 
 @pytest.mark.parametrize("method", ["random", "kmeans", "gaussian"])
 def test_outer_steps_of_a_method_that_has_none_are_refused(method):
-    with pytest.raises(ConfigError, match=r"updates = 5: this method selects images and has no outer steps; leave it out"):
-        config(method, updates=5)
+    with pytest.raises(ConfigError, match=r"distill.updates = 5: [\w-]+ has no outer steps; leave it out"):
+        preflight.check_images(config(method, updates=5), 1000, distils=True)
+    preflight.check_images(config(method), 1000, distils=True)
+
+
+def test_a_class_whose_images_are_all_held_out_is_counted():
+    labels = np.zeros(60, np.int64)
+    labels[held_out_split(60, 6, 0)[1][0]] = 1
+    with pytest.raises(ConfigError, match=r"distill.m = 7: class 1 has 0 training images, and \d are wanted of it; lower it"):
+        preflight.check_images(config("random"), 60, distils=True, labels=labels)
 
 
 OUTSIDE = '''

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,6 +56,10 @@ def write(folder: Path, beat: Beat) -> None:
     (folder / FILE).write_text(json.dumps(about | vars(beat)))
 
 
+def alive(runs: dict[str, Beat], clock: Clock) -> dict[str, bool]:
+    return {run: found for run, (_, found) in status.watched(runs, clock=clock, sleep=clock.sleep).items()}
+
+
 def test_a_beat_says_step_speed_checkpoint_and_what_the_run_does(tmp_path):
     beat = beat_of(tmp_path)
     assert (beat.step, beat.updates, beat.seconds, beat.checkpoint, beat.written) == (3, 100, 0.5, "here/step-2", NOON)
@@ -80,34 +83,37 @@ def test_it_beats_by_itself(tmp_path):
 
 def test_a_young_beat_is_believed_and_an_old_one_watched_in_vain(tmp_path):
     runs, clock = {str(tmp_path): beat_of(tmp_path)}, Clock(NOON + 30)
-    assert status.is_alive(runs, clock=clock, sleep=clock.sleep) == {str(tmp_path): True} and clock.now == NOON + 30
+    assert alive(runs, clock) == {str(tmp_path): True} and clock.now == NOON + 30
     clock = Clock(NOON + 3600)
-    assert status.is_alive(runs, clock=clock, sleep=clock.sleep) == {str(tmp_path): False}
+    assert alive(runs, clock) == {str(tmp_path): False}
     assert clock.now == NOON + 3600 + status.LATE  # no longer than that
 
 
+@pytest.mark.parametrize("state", ["running", "finished"])
 @pytest.mark.parametrize("skew", [-3600, 3600])
-def test_a_run_whose_clock_is_an_hour_off_is_alive_by_its_next_beat(tmp_path, skew):
+def test_a_run_whose_clock_is_an_hour_off_is_judged_by_its_next_beat(tmp_path, skew, state):
     beat, clock = beat_of(tmp_path), Clock(NOON + skew)
+    later = replace(beat, number=beat.number + 1, step=50, state=state)
 
     def sleep(seconds: float) -> None:
         clock.sleep(seconds)
         if clock.now == NOON + skew + 15:
-            write(tmp_path, replace(beat, number=beat.number + 1))
+            write(tmp_path, later)
 
-    assert status.is_alive({str(tmp_path): beat}, clock=clock, sleep=sleep) == {str(tmp_path): True} and clock.now == NOON + skew + 15
+    assert status.watched({str(tmp_path): beat}, clock=clock, sleep=sleep) == {str(tmp_path): (later, state == "running")}
+    assert clock.now == NOON + skew + 15
 
 
 def test_a_run_that_was_started_again_is_alive_though_it_counts_anew(tmp_path):
     beat, clock = beat_of(tmp_path), Clock(NOON + 3600)
     write(tmp_path, replace(beat, process="another"))
-    assert status.is_alive({str(tmp_path): beat}, clock=clock, sleep=clock.sleep) == {str(tmp_path): True}
+    assert alive({str(tmp_path): beat}, clock) == {str(tmp_path): True}
 
 
 @pytest.mark.parametrize("state", ["finished", "stopped", "failed"])
 def test_what_has_ended_is_not_waited_for(tmp_path, state):
     clock = Clock()
-    assert status.is_alive({str(tmp_path): beat_of(tmp_path, state=state)}, clock=clock, sleep=clock.sleep) == {str(tmp_path): False}
+    assert alive({str(tmp_path): beat_of(tmp_path, state=state)}, clock) == {str(tmp_path): False}
     assert clock.now == NOON
 
 
@@ -126,23 +132,21 @@ def test_a_file_that_is_not_ours_is_refused(tmp_path, text):
         Beat.read(str(tmp_path))
 
 
+@pytest.mark.parametrize("changes", [{"seconds": float("inf")}, {"written": float("nan")}, {"step": -1}, {"step": "x"}, {"state": "odd"}])
+def test_a_value_that_cannot_be_is_refused_by_name(tmp_path, changes):
+    with pytest.raises(ArtifactError, match=rf"status.json does not tell how the run is doing \(\('{next(iter(changes))}',"):
+        beat_of(tmp_path, **changes)
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     assert cli.main(["status", str(tmp_path)]) == 1
     assert "no run has left a sign of life there; give the folder or URI that --out was" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    ray.init(address="local", num_cpus=3, object_store_memory=300_000_000, include_dashboard=False, logging_level="warning",
-             log_to_driver=False)
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
-
-
-def test_a_real_run_is_alive_until_it_is_killed_and_finished_when_it_has_gone_on(cluster, tmp_path, monkeypatch, capsys):
+def test_a_real_run_is_alive_until_it_is_killed_and_finished_when_it_has_gone_on(ray_cluster, tmp_path, capsys):
     run = tmp_path / "seed-0"
-    driver = subprocess.Popen([sys.executable, engine_parts.__file__, str(run), "60", cluster], env=os.environ | {"RAY_AUTH_MODE": "token"},
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    driver = subprocess.Popen([sys.executable, engine_parts.__file__, str(run), "60", ray.get_runtime_context().gcs_address],
+                              env=os.environ | {"RAY_AUTH_MODE": "token"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list(run.glob("checkpoints/step-*/manifest.json")):
         assert time.monotonic() < deadline, "no checkpoint within 60 s"
@@ -152,14 +156,14 @@ def test_a_real_run_is_alive_until_it_is_killed_and_finished_when_it_has_gone_on
     driver.send_signal(signal.SIGKILL)
     driver.wait(timeout=30)
     clock = Clock(time.time() + 3600)
-    assert status.is_alive(status.runs_in(str(tmp_path)), clock=clock, sleep=clock.sleep) == {str(run): False}
+    assert alive(status.runs_in(str(tmp_path)), clock) == {str(run): False}
     engine_parts.run(engine_parts.config(updates=60), run, resume=True)
     assert cli.main(["status", str(run)]) == 0
     words = capsys.readouterr().out
     assert f"{run}: finished, update 60 of 60" in words and "last checkpoint: " in words
 
 
-def test_a_run_that_fails_says_why(cluster, tmp_path):
+def test_a_run_that_fails_says_why(ray_cluster, tmp_path):
     settings = engine_parts.config(updates=4, lr=1e30)
     with pytest.raises((ArithmeticError, ValueError)) as failed:
         engine_parts.run(settings, tmp_path)

@@ -10,13 +10,13 @@ import numpy as np
 
 from krrst_dist import seeds
 from krrst_dist.artifacts import DistilledSet
-from krrst_dist.config import Config
+from krrst_dist.config import Config, MethodSettings
 from krrst_dist.methods.common import real_images
 from krrst_dist.methods.common.protocol import Method, Read
 from krrst_dist.methods.common.source import Source
 
 
-class GaussianSettings(real_images.SelectionSettings):
+class GaussianSettings(MethodSettings):
     """Nothing to tune."""
 
 

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from krrst_dist import seeds
 from krrst_dist.artifacts import DistilledSet
-from krrst_dist.config import Config, Positive
+from krrst_dist.config import Config, MethodSettings, Positive
 from krrst_dist.methods.common import real_images
 from krrst_dist.methods.common.protocol import Method, Read
 from krrst_dist.methods.common.source import Source
 
 
-class KMeansSettings(real_images.SelectionSettings):
+class KMeansSettings(MethodSettings):
     """scikit-learn's MiniBatchKMeans; its settings are ours."""
 
     labels: Literal["class", "targets"] = "class"

@@ -26,7 +26,7 @@ from krrst_dist.methods.common.trajectories import TrajectoryMethod, TrajectoryS
 
 class MTTSettings(TrajectorySettings):
     """The published values for CIFAR-100, 10 images a class; TinyImageNet's are in its preset. Images are normalised by the source's own
-    statistics; the authors took CIFAR-10's for CIFAR-100 and ImageNet's for TinyImageNet, where the same lr_x is a smaller step."""
+    statistics; the authors took CIFAR-10's for CIFAR-100 and ImageNet's for TinyImageNet, and one lr_x was a smaller step in pixels."""
 
     updates: Annotated[Positive, tyro.conf.arg(aliases=("--updates",))] = 5000
     """outer steps"""

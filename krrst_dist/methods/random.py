@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 from krrst_dist.artifacts import DistilledSet
-from krrst_dist.config import Config
+from krrst_dist.config import Config, MethodSettings
 from krrst_dist.methods.common import real_images
 from krrst_dist.methods.common.protocol import Method, Read
 from krrst_dist.methods.common.source import Source
 
 
-class RandomSettings(real_images.SelectionSettings):
+class RandomSettings(MethodSettings):
     """Nothing to tune."""
 
     labels: Literal["class", "targets"] = "class"

@@ -7,7 +7,6 @@ is gone. Whether a run lives is never judged by comparing two machines' clocks a
 from __future__ import annotations
 
 import json
-import math
 import os
 import socket
 import threading
@@ -16,7 +15,9 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from krrst_dist import storage
 from krrst_dist.artifacts import ArtifactError
@@ -26,6 +27,8 @@ FILE, FORMAT = "status.json", "krrst_dist status, version 1"
 RECENT = 20  # updates that the speed is the median of
 
 State = Literal["running", "finished", "stopped", "failed"]
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,15 @@ class Beat:
     """
 
     state: State
-    updates: int
+    updates: Count
     host: str
     pid: int
     process: str
-    number: int = 0
-    written: float = 0.0
+    number: Count = 0
+    written: Seconds = 0.0
     doing: str = "starting"
-    step: int | None = None
-    seconds: float | None = None
+    step: Count | None = None
+    seconds: Seconds | None = None
     checkpoint: str | None = None
 
     @classmethod
@@ -56,15 +59,12 @@ class Beat:
             about = json.loads(storage.read_whole(uri))
             if about.pop("format") != FORMAT:
                 raise ValueError("it was written by another version of this package")
-            beat = cls(**about)
-            if not (isinstance(beat.number, int) and math.isfinite(beat.written) and isinstance(beat.updates, int)
-                    and isinstance(beat.step, int | None) and isinstance(beat.seconds, float | None)):
-                raise ValueError("a number is not one")
-            return beat
+            return TypeAdapter(cls).validate_python(about)
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ArtifactError(f"{uri} does not tell how the run is doing ({error}); a run that goes on writes it anew") from None
+            why = "{loc}: {msg}".format_map(error.errors()[0]) if isinstance(error, ValidationError) else error
+            raise ArtifactError(f"{uri} does not tell how the run is doing ({why}); a run that goes on writes it anew") from None
 
 
 class Heartbeat:

@@ -56,6 +56,8 @@ def check_images(config: Config, count: int, *, distils: bool, labels: np.ndarra
     if needs_targets(config) or not distils:
         check_target(config, len(training))
     if distils:
+        if config.distill.updates and not method.learns:
+            raise ConfigError(f"distill.updates = {config.distill.updates}: {method.title} has no outer steps; leave it out")
         classes = None if labels is None else np.bincount(labels[training], minlength=labels.max() + 1).tolist()
         method.check(config, training=len(training), classes=classes)
 

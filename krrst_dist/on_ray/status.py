@@ -1,4 +1,4 @@
-"""`krrst status URI`: is a run alive, how far is it, when will it end? Told from its folder on storage alone.
+"""`krrst status URI`: is a distillation alive, how far is it, when will it end? Told from its folder on storage alone.
 
 A run is alive when it beats (`heartbeat.py`). A beat that is young by the clock here is believed; where the clocks may differ,
 or nothing has come for a while, the next beat is waited for.
@@ -19,17 +19,16 @@ LATE = 3 * BEAT  # seconds after a beat within which the next must have come
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints a line or more a run; returns 0 when each is alive or finished, 1 otherwise."""
-    parser = argparse.ArgumentParser(prog="krrst status", allow_abbrev=False, description=f"""Is the run in a folder or at a URI alive, how
-        far is it, when will it end? Reads its storage alone. Waits up to {LATE:.0f} s for a sign of life where there is doubt. Exits with
-        status 0 when each run there is alive or finished.""")
+    """Prints some lines a run; returns 0 when each is alive or finished, 1 otherwise."""
+    parser = argparse.ArgumentParser(prog="krrst status", allow_abbrev=False, description=f"""Is the distillation in a folder or at a URI
+        alive, how far is it, when will it end? Reads its storage alone. Waits up to {LATE:.0f} s for a sign of life where there is doubt.
+        Exits with status 0 when each run there is alive or finished.""")
     parser.add_argument("uri", help="what --out was: a run's folder or URI, or one seed's folder in it")
     directory = paths.resolve(parser.parse_args(argv).uri, name="uri")
-    runs = runs_in(directory)
-    alive = is_alive(runs)
-    for run, beat in runs.items():
-        print(in_words(run, beat, alive=alive[run]))
-    return 0 if all(beat.state == "finished" or alive[run] for run, beat in runs.items()) else 1
+    runs = watched(runs_in(directory))
+    for run, (beat, alive) in runs.items():
+        print(in_words(run, beat, alive=alive))
+    return 0 if all(beat.state == "finished" or alive for beat, alive in runs.values()) else 1
 
 
 def runs_in(directory: str) -> dict[str, Beat]:
@@ -41,12 +40,12 @@ def runs_in(directory: str) -> dict[str, Beat]:
     return found
 
 
-def is_alive(runs: dict[str, Beat], *, clock: Callable[[], float] = time.time,
-             sleep: Callable[[float], None] = time.sleep) -> dict[str, bool]:
-    """Which of these runs still beat. One whose beat is young by `clock` does; of the others, from now on, a new beat is waited for."""
+def watched(runs: dict[str, Beat], *, clock: Callable[[], float] = time.time,
+            sleep: Callable[[float], None] = time.sleep) -> dict[str, tuple[Beat, bool]]:
+    """The last beat of each run, and is it alive? One whose beat is young by `clock` is; of the others a new beat is waited for."""
     now = clock()
-    alive = {run: beat.state == "running" and 0 <= now - beat.written < LATE for run, beat in runs.items()}
-    doubtful = {run for run, beat in runs.items() if beat.state == "running" and not alive[run]}
+    known = {run: (beat, beat.state == "running" and 0 <= now - beat.written < LATE) for run, beat in runs.items()}
+    doubtful = {run for run, (beat, alive) in known.items() if beat.state == "running" and not alive}
     waited = 0.0
     while doubtful and waited < LATE:
         sleep(1.0)
@@ -54,9 +53,9 @@ def is_alive(runs: dict[str, Beat], *, clock: Callable[[], float] = time.time,
         for run in sorted(doubtful):
             beat = Beat.read(run)
             if beat is not None and (beat.process, beat.number) != (runs[run].process, runs[run].number):
-                alive[run] = True
+                known[run] = beat, beat.state == "running"
                 doubtful.remove(run)
-    return alive
+    return known
 
 
 def in_words(run: str, beat: Beat, *, alive: bool) -> str:
@@ -64,10 +63,10 @@ def in_words(run: str, beat: Beat, *, alive: bool) -> str:
     state = "alive" if alive else "gone without a word" if beat.state == "running" else beat.state
     step = "no update yet" if beat.step is None else f"update {beat.step} of {beat.updates}"
     lines = [f"{run}: {state}, {step}"]
-    if alive and beat.seconds is not None:
+    if alive and beat.step is not None and beat.seconds is not None:
         left = timedelta(seconds=round(beat.seconds * (beat.updates - beat.step)))
         lines.append(f"  {beat.seconds:.3g} s an update, time left {left}")
     lines.append(f"  on {beat.host}, process {beat.pid}: {beat.doing}")
-    lines.append(f"  last checkpoint: {beat.checkpoint or 'none'}"
-                 + ("" if alive or beat.state == "finished" else "; the same command with --resume goes on from it"))
+    go_on = not alive and beat.state in ("running", "stopped")  # a run that failed has said what to do
+    lines.append(f"  last checkpoint: {beat.checkpoint or 'none'}" + ("; the same command with --resume goes on from it" if go_on else ""))
     return "\n".join(lines)

@@ -25,7 +25,7 @@ from krrst_dist.methods.common.source import Source
 
 class ClassWiseSettings(MethodSettings):
     """What DSA and DM have in common. Images are normalised by the source's own statistics; the authors took ImageNet's for TinyImageNet,
-    where the same lr_x is a smaller step."""
+    and the same lr_x was a smaller step in pixels."""
 
     network: NetworkSettings = NetworkSettings(widths=(128, 128, 128), norm="instance")
     """what the images are compared with; published for 32 px (four widths for 64 px)"""

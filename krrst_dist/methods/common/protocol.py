@@ -106,6 +106,11 @@ class Method:
         """Are the labels of its set representations, so that the held-out ridge loss of the set can be measured?"""
         return self.needs_targets(settings)
 
+    @property
+    def learns(self) -> bool:
+        """Has it outer steps? A method that selects images has no part of its own in any."""
+        return type(self).part is not Method.part
+
     def check(self, config: Config, *, training: int, classes: Sequence[int] | None) -> None:
         """Do the settings fit? training: images to distil from; classes: how many of each class, None where that is not known.
 

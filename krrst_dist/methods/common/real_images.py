@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import model_validator
 
 from krrst_dist import seeds
 from krrst_dist.artifacts import DistilledSet
-from krrst_dist.config import Config, ConfigError, MethodSettings
+from krrst_dist.config import Config, ConfigError
 from krrst_dist.methods.common.source import Source
 from krrst_dist.recipes import PRETRAIN
 
@@ -27,16 +26,6 @@ def shares(m: int, classes: int, seed: int) -> np.ndarray:
     share = np.full(classes, m // classes)
     share[seeds.numpy_rng(seed, "larger classes").permutation(classes)[: m % classes]] += 1
     return share
-
-
-class SelectionSettings(MethodSettings):
-    """Of a method that selects images."""
-
-    @model_validator(mode="after")
-    def _has_no_outer_steps(self) -> SelectionSettings:
-        if self.updates:
-            raise ValueError(f"updates = {self.updates}: this method selects images and has no outer steps; leave it out")
-        return self
 
 
 def check_several_classes(config: Config, classes: Sequence[int] | None, title: str) -> None:
