@@ -196,16 +196,24 @@ class EngineSettings(Settings):
     changes the algorithm."""
 
     actors: Annotated[Positive, tyro.conf.arg(aliases=("--actors",))] = 1
-    """G, processes that host the shards (at most `shards` of them)"""
+    """G, processes that host the shards, or slices of them where a method has `slices` (at most one for each)"""
     threads: Positive = 1
     """CPU threads of one actor"""
     gpus: Annotated[float, Field(ge=0)] = 0
     """GPUs of one actor (fractions share one)"""
+    aggregate: Literal["store", "collective"] | None = None
+    """how the actors' gradients are summed. store: by the driver, in an order that does not depend on the actors. collective: by
+    all-reduce among them, rounding as it comes. Default: collective for several actors with a GPU each, else store"""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """arithmetic of the feature extractor; ridge regression is float32 always"""
     checkpoint_every: Positive = 1000
     keep: Positive = 3
     """checkpoints kept"""
+
+    @property
+    def collective(self) -> bool:
+        """Are gradients summed by all-reduce?"""
+        return self.aggregate == "collective" or (self.aggregate is None and self.actors > 1 and self.gpus >= 1)
 
 
 class Config(Settings):
@@ -241,10 +249,13 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _actors_have_shards(self) -> Config:
-        if self.engine.actors > self.distill.shards:
+        slices = getattr(self.distill, "slices", 1)
+        if self.engine.actors > self.distill.shards * slices:
+            sliced = f" and distill.slices = {slices}" if hasattr(self.distill, "slices") else ""
+            remedy = "or raise slices (which changes rounding) or shards" if sliced else "or raise shards"
             raise ValueError(
-                f"engine.actors = {self.engine.actors} exceeds distill.shards = {self.distill.shards}: an actor "
-                f"hosts at least one shard; take actors <= shards, or raise shards (which changes the result)"
+                f"engine.actors = {self.engine.actors} exceeds what distill.shards = {self.distill.shards}{sliced} give work to: an actor "
+                f"hosts at least one shard or slice of one; take fewer actors, {remedy} (which changes the result)"
             )
         return self
 
@@ -255,16 +266,16 @@ class Config(Settings):
         updates, how it is laid out, what is evaluated in the end.
         """
         flat = flatten(self.model_dump(mode="json", exclude={"preset": True, "repeats": True, "evaluate": {"probe"}}))
-        harmless = {"distill.updates", "distill.decay_updates", "engine.actors", "engine.gpus", "engine.checkpoint_every", "engine.keep",
-                    "evaluate.datasets", "evaluate.few_labels", "evaluate.every", "target.checkpoint", "target.workers",
-                    "target.checkpoint_every", "target.probe_every"}
+        harmless = {"distill.updates", "distill.decay_updates", "engine.actors", "engine.gpus", "engine.aggregate",
+                    "engine.checkpoint_every", "engine.keep", "evaluate.datasets", "evaluate.few_labels", "evaluate.every",
+                    "target.checkpoint", "target.workers", "target.checkpoint_every", "target.probe_every"}
         return {key: value for key, value in flat.items() if key not in harmless}
 
     def distillation(self) -> dict[str, Any]:
         """What tells one way to make distilled sets from another, as a flat dict of dotted names: the trajectory's settings and how many
         updates, but not the seed, the threads (rounding only) or how many networks the held-out loss is measured with.
         """
-        steps, no_matter = self.distill, {"seed", "engine.threads", "evaluate.networks"}
+        steps, no_matter = self.distill, {"seed", "engine.threads", "distill.slices", "evaluate.networks"}
         settings = self.trajectory() | {"distill.updates": steps.updates, "distill.decay_updates": steps.horizon}
         return {key: value for key, value in settings.items() if key not in no_matter}
 
@@ -337,8 +348,11 @@ def read_yaml(name: str, folder: str, above: tuple[str, ...] = ()) -> dict[str, 
         raise ConfigError(f"{kind} = {name!r}: no such {kind}; {nearest(name, shipped(folder))} (your own: a path that ends in .yaml)")
     try:
         tree = yaml.safe_load(file.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{kind} = {name!r}: not YAML: {error}") from None
+    if _values(tree, {}) > MOST_VALUES:
+        raise ConfigError(f"{kind} = {name!r}: has more than {MOST_VALUES:,} values, each counted as often as an alias repeats it; "
+                          f"settings are few")
     if not isinstance(tree, dict):
         raise ConfigError(f"{kind} = {name!r}: must be a mapping of settings, as in the {folder} that ship with the package")
     for key in tree:
@@ -354,6 +368,20 @@ def read_yaml(name: str, folder: str, above: tuple[str, ...] = ()) -> dict[str, 
         raise ConfigError(f"{kind} = {name!r}: base = {base!r} must be the name of a {kind}")
     below = read_yaml(base, folder, (*above, name))
     return _merge(_of_method(below, tree["method"]) if "method" in tree else below, tree)
+
+
+MOST_VALUES = 100_000
+"""in a file of settings"""
+
+
+def _values(tree: Any, known: dict[int, int]) -> int:
+    """How many values there are in what a YAML file holds, in which one part may stand in many places. known: of parts seen before."""
+    if not isinstance(tree, dict | list):
+        return 1
+    if id(tree) not in known:
+        known[id(tree)] = MOST_VALUES + 1  # a part that holds itself is without end
+        known[id(tree)] = sum(_values(value, known) for value in (tree.values() if isinstance(tree, dict) else tree))
+    return known[id(tree)]
 
 
 def _of_method(tree: dict[str, Any], method: Any) -> dict[str, Any]:

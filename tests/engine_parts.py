@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from krrst_dist import networks, seeds
-from krrst_dist.algorithm import ModelPool, OuterOptimizer, Shard, distill
+from krrst_dist.algorithm import ModelPool, OuterOptimizer, Shard, Slice, distill
 from krrst_dist.algorithm.contribution import mean
 from krrst_dist.config import Config, EngineSettings, EvaluateSettings, NetworkSettings, SourceSettings
 from krrst_dist.methods.krr_st import DistillSettings, PoolSettings
@@ -27,13 +27,14 @@ SCALE = torch.tensor([0.2, 0.25, 0.3])[:, None, None]
 
 
 def config(*, updates: int = 12, shards: int = 3, actors: int = 1, seed: int = 0, lr: float = 1e-2, checkpoint_every: int = 4,
-           keep: int = 3, decay_updates: int | None = None, every: int = 1000, pool_lr: float = 0.05) -> Config:
+           keep: int = 3, decay_updates: int | None = None, every: int = 1000, pool_lr: float = 0.05, slices: int = 1,
+           aggregate: str | None = None) -> Config:
     """S shards of 3 ConvNets with batch norm, replaced after 8 steps."""
     pool = PoolSettings(network=NetworkSettings(widths=(4, 8)), size=3, max_steps=8, lr=pool_lr)
     return Config(preset="test", seed=seed, source=SourceSettings(dataset="digits", resolution=RESOLUTION),
                   distill=DistillSettings(m=M, batch=BATCH, updates=updates, decay_updates=decay_updates, lr_x=lr, lr_y=lr, shards=shards,
-                                          pool=pool),
-                  engine=EngineSettings(actors=actors, checkpoint_every=checkpoint_every, keep=keep),
+                                          slices=slices, pool=pool),
+                  engine=EngineSettings(actors=actors, aggregate=aggregate, checkpoint_every=checkpoint_every, keep=keep),
                   evaluate=EvaluateSettings(networks=3, every=every))
 
 
@@ -71,16 +72,23 @@ class Parts:
 
     def __call__(self, shard: int) -> Shard:
         settings, pool = self.config.distill, self.config.distill.pool
-
-        def factory() -> torch.nn.Module:
-            return networks.with_head(networks.build("convnet", resolution=RESOLUTION, widths=pool.network.widths), K)
-
-        stream = Stream(self.config.seed, shard, settings.batch // settings.shards)
+        stream = self._stream(shard)
         if self.slow:
             read = stream.next
             stream.next = lambda: (time.sleep(self.slow), read())[1]
-        return Shard(shard, ModelPool(factory, size=pool.size, max_steps=pool.max_steps, lr=pool.lr, momentum=pool.momentum,
-                                      weight_decay=pool.weight_decay, seed=self.config.seed, shard=shard), stream, ridge=settings.ridge)
+        return Shard(shard, ModelPool(self._factory, size=pool.size, max_steps=pool.max_steps, lr=pool.lr, momentum=pool.momentum,
+                                      weight_decay=pool.weight_decay, seed=self.config.seed, shard=shard), stream, ridge=settings.ridge,
+                     slices=settings.slices)
+
+    def slice(self, shard: int, p: int) -> Slice:
+        """Slice p of a shard."""
+        return Slice(p, self.config.distill.slices, self._factory().network, self._stream(shard))
+
+    def _factory(self) -> torch.nn.Module:
+        return networks.with_head(networks.build("convnet", resolution=RESOLUTION, widths=self.config.distill.pool.network.widths), K)
+
+    def _stream(self, shard: int) -> Stream:
+        return Stream(self.config.seed, shard, self.config.distill.batch // self.config.distill.shards)
 
 
 def measure(network: int, values: tuple[Tensor, Tensor], alive: Callable[[], None] = lambda: None) -> float:
@@ -109,7 +117,8 @@ def run(settings: Config, directory: Path | str, *, build=None, resume: bool = F
 def work(settings: Config, *, build=None, measure=None) -> Work:
     """What the engine has to do."""
     return Work(outer=partial(outer, settings), build=build or Parts(settings), combine=mean, measure=measure,
-                warm_up=settings.distill.shards * settings.distill.pool.size * settings.distill.pool.max_steps // 2)
+                warm_up=settings.distill.shards * settings.distill.pool.size * settings.distill.pool.max_steps // 2,
+                slices=settings.distill.slices, slice=getattr(build, "slice", Parts(settings).slice))
 
 
 if __name__ == "__main__":

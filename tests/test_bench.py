@@ -17,8 +17,10 @@ from torch import nn
 import krrst_dist
 from krrst_dist.algorithm import PoolMember, meta_gradient
 from krrst_dist.bench import main, measure
+from krrst_dist.bench.cost import Cost, Overhead
 from krrst_dist.bench.engine import bench_engine
 from krrst_dist.bench.methods import bench_methods
+from krrst_dist.bench.overhead import Measured
 from krrst_dist.bench.problem import Problem
 from krrst_dist.bench.serial import bench_serial
 from krrst_dist.bench.step import bench_step
@@ -151,11 +153,33 @@ def no_cluster() -> Iterator[None]:
 
 
 def test_a_benchmark_of_the_engine_ends_with_a_table(no_cluster, capsys):
-    times = bench_engine(preset="quickstart", rounds=2, threads=1, m=8, batch=16)
+    times = bench_engine(preset="quickstart", rounds=2, threads=1, m=8, batch=16, actors=(1, 2), sizes=("quickstart", "cifar100-cpu"))
     assert [len(values) for values in (times.serial, times.one_shard, times.one_actor, times.two_actors)] == [2, 2, 2, 2]
     assert min(times.overhead + times.speed_up) > 0
     shown = capsys.readouterr().out
     assert "| engine / serial, by pair |" in shown and "| S = 2, two actors of one thread |" in shown
+    assert {(one.way, one.preset, one.actors) for one in times.null} == {
+        (way, preset, actors) for way in ("store", "collective") for preset in ("quickstart", "cifar100-cpu") for actors in (1, 2)}
+    assert all(len(one.seconds) == 2 for one in times.null) and "fit      collective: " in shown and "| 64 | " in shown
+
+
+def test_the_operations_of_an_update_are_counted_without_running_it():
+    """As those of an update that runs, up to what is too small to be counted."""
+    config = load_preset("quickstart", **{"distill.m": 40, "distill.batch": 30})
+    counted = Cost.of(config, shards=1)
+    assert counted.operations == pytest.approx(measure.operations(Problem(config).ours()), rel=0.02)
+    in_chunks = Cost.of(load_preset("quickstart", **{"distill.m": 40, "distill.batch": 30, "distill.chunk_size": 10}), shards=1)
+    assert in_chunks.synthetic > counted.synthetic and in_chunks.train == counted.train
+    two = Cost.of(config, shards=2)
+    assert two.real == counted.real / 2 and (two.train, two.synthetic, two.learned) == (counted.train, counted.synthetic, counted.learned)
+    assert counted.learned == 4 * sum(value.numel() for value in Problem(config).start())
+
+
+def test_the_model_of_the_overhead_finds_the_constants_that_made_it():
+    made = Overhead(2e-3, 1e-3, 3e-9, 1e-9)
+    measured = [Measured("store", "any", size, actors, [made.seconds(size, actors)] * 3) for size in (10**7, 10**8) for actors in (1, 2, 8)]
+    found = Overhead.fit(measured)
+    assert [found.start, found.actor, found.byte, found.byte_actor] == pytest.approx([2e-3, 1e-3, 3e-9, 1e-9], rel=1e-6)
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):

@@ -30,6 +30,7 @@ from krrst_dist.on_ray.assembly import Assembly
 from krrst_dist.on_ray.coordinator import Coordinator
 from krrst_dist.on_ray.errors import EngineError, LostActor
 from krrst_dist.on_ray.group import WorkerGroup
+from krrst_dist.on_ray.sliced import Layout
 
 ray.cloudpickle.register_pickle_by_value(engine_parts)
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -70,7 +71,24 @@ class Once(Parts):
 
 
 @dataclass(frozen=True)
-class Diverging(Once):
+class AtUpdate(Parts):
+    """When shard 1 takes part in update 6, something happens to it."""
+
+    def __call__(self, shard: int):
+        built = super().__call__(shard)
+        contribute = built.contribute
+
+        def watched(step: int, *values: torch.Tensor):
+            if shard == 1 and step == 6:
+                self.happen(built)
+            return contribute(step, *values)
+
+        built.contribute = watched
+        return built
+
+
+@dataclass(frozen=True)
+class Diverging(AtUpdate):
     """A pool whose weights become infinite."""
 
     def happen(self, built) -> None:
@@ -88,7 +106,7 @@ class NaNTargets(Once):
 
 
 @dataclass(frozen=True)
-class Exploding(Once):
+class Exploding(AtUpdate):
     """A pool whose next training steps are so large that the weights become infinite, from finite ones and a finite loss."""
 
     def happen(self, built) -> None:
@@ -119,6 +137,26 @@ def measured_silently(network: int, values: tuple[torch.Tensor, torch.Tensor], a
 
 
 @dataclass(frozen=True)
+class SliceOnce(Parts):
+    """The process of slice 1 is killed at its 7th batch, once for each run."""
+
+    marker: str = ""
+
+    def slice(self, shard: int, p: int):
+        built = super().slice(shard, p)
+        read = built.batches.next
+
+        def next_batch():
+            if built.batches.state()["batch"] == 6 and not Path(self.marker).exists():
+                Path(self.marker).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return read()
+
+        built.batches.next = next_batch
+        return built
+
+
+@dataclass(frozen=True)
 class CannotBuild(Parts):
     """Shard 1 cannot be made: its data is missing, or, without a message, its process is killed."""
 
@@ -143,6 +181,14 @@ def test_any_number_of_actors_gives_the_serial_loops_result_bit_for_bit(cluster,
     assert outcome.held_out[-1][1] == sum(measure(i, (x_syn, y_syn)) for i in range(3)) / 3
 
 
+@pytest.mark.parametrize(("shards", "slices", "actors"), [(1, 3, 1), (1, 3, 2), (1, 3, 3), (2, 2, 3)])
+def test_slices_on_any_number_of_actors_give_the_serial_loops_result_bit_for_bit(cluster, tmp_path, shards, slices, actors):
+    settings = config(updates=20, shards=shards, slices=slices, actors=actors, checkpoint_every=7)
+    outcome = run(settings, tmp_path)
+    x_syn, y_syn = serial(settings)
+    assert torch.equal(outcome.values[0], x_syn) and torch.equal(outcome.values[1], y_syn)
+
+
 @pytest.mark.parametrize(("back_to", "actors", "shards"), [(0, 1, "0, 1, 2"), (4, 2, "1")])
 def test_a_killed_actor_is_replaced_and_the_result_is_that_of_an_undisturbed_run(cluster, tmp_path, capsys, back_to, actors, shards):
     settings = config(actors=actors, checkpoint_every=back_to or 12)
@@ -155,6 +201,41 @@ def test_a_killed_actor_is_replaced_and_the_result_is_that_of_an_undisturbed_run
     assert [step for step, _ in outcome.held_out] == [0, 12]
 
 
+@pytest.mark.parametrize("actors", [1, 3])
+def test_all_reduce_gives_the_serial_loops_result_but_for_rounding(cluster, tmp_path, actors):
+    settings = config(updates=12, actors=actors, checkpoint_every=5, aggregate="collective")
+    outcome = run(settings, tmp_path, measure=measure)
+    x_syn, y_syn = serial(settings)
+    moved = (x_syn - engine_parts.start()[0]).abs().max()
+    assert (outcome.values[0] - x_syn).abs().max() < 1e-3 * moved and (outcome.values[1] - y_syn).abs().max() < 1e-4
+    assert [step for step, _ in outcome.outer] == list(range(1, 13)) and [step for step, _ in outcome.held_out] == [0, 12]
+    assert outcome.held_out[-1][1] == sum(measure(i, outcome.values) for i in range(3)) / 3
+
+
+def test_a_run_by_all_reduce_goes_on_after_an_actors_death_where_it_was(cluster, tmp_path, capsys):
+    settings = config(actors=3, checkpoint_every=4, aggregate="collective")
+    outcome = run(settings, tmp_path / "run", build=Once(settings, marker=str(tmp_path / "killed")))
+    assert "step-00000004-1" in next(line for line in capsys.readouterr().out.splitlines() if "was lost" in line)
+    undisturbed = run(settings, tmp_path / "undisturbed")
+    assert torch.equal(outcome.values[0], undisturbed.values[0]) and torch.equal(outcome.values[1], undisturbed.values[1])
+    assert [step for step, _ in outcome.outer] == list(range(1, 13))
+
+
+def test_a_diverged_shard_ends_a_run_by_all_reduce_with_its_own_error(cluster, tmp_path):
+    settings = config(actors=2, aggregate="collective")
+    with pytest.raises(DivergedError, match=r"update 6, shard 1: .*the last good checkpoint is .*step-00000004-1"):
+        run(settings, tmp_path, build=NaNTargets(settings))
+
+
+def test_a_killed_actor_that_hosts_a_slice_alone_is_named_and_replaced(cluster, tmp_path, capsys):
+    settings = config(shards=1, slices=2, actors=2)
+    outcome = run(settings, tmp_path / "run", build=SliceOnce(settings, marker=str(tmp_path / "killed")))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "was lost" in line]
+    assert len(lines) == 1 and "slice(s) 1 of shard 0 on" in lines[0] and "step-00000004-1" in lines[0]
+    x_syn, y_syn = serial(settings)
+    assert torch.equal(outcome.values[0], x_syn) and torch.equal(outcome.values[1], y_syn)
+
+
 def test_actors_that_die_again_and_again_stop_the_run_with_the_way_to_go_on(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(coordinator, "PAUSES", (0.1,))
     settings = config(actors=1)
@@ -163,7 +244,7 @@ def test_actors_that_die_again_and_again_stop_the_run_with_the_way_to_go_on(clus
 
 
 def test_an_actor_that_is_silent_for_too_long_is_named(cluster):
-    with WorkerGroup(shards=2, actors=2, threads=1) as group:
+    with WorkerGroup(Layout(2, 1, 2), threads=1) as group:
         hosts = group.start()
         os.kill(hosts[1].pid, signal.SIGSTOP)
         with pytest.raises(LostActor, match=r"actor 1 with shard\(s\) 1 .*no sign of life for 3 s"):

@@ -7,6 +7,7 @@ from krrst_dist.algorithm.outer import Outer, OuterOptimizer
 from krrst_dist.algorithm.pool import DivergedError, ModelPool, PoolMember
 from krrst_dist.algorithm.ridge import RidgeError, ridge_head, with_bias
 from krrst_dist.algorithm.shard import Shard
+from krrst_dist.algorithm.slices import Slice, SlicedShard, Solved
 
 __all__ = ["Contribution", "DivergedError", "MetaGradient", "ModelPool", "Outer", "OuterOptimizer", "PoolMember", "RidgeError", "Shard",
-           "distill", "mean", "meta_gradient", "ridge_head", "total", "with_bias"]
+           "Slice", "SlicedShard", "Solved", "distill", "mean", "meta_gradient", "ridge_head", "total", "with_bias"]

@@ -2,7 +2,7 @@
 
 Another loss of features takes the place of KRR-ST's as an `Objective`. Knows one model, one real batch and the synthetic set; nothing
 of pools, optimisers or processes. Only the feature extractor is differentiated by autograd, as a vector-Jacobian product, image by
-image, so that memory is bounded by `chunk_size` and not by m.
+image, so that memory is bounded by `chunk_size` and not by m, and so that rows can be cut into slices for several processes.
 
 Shapes: m synthetic, b real images, d features, k target dimensions; F = [f, 1] has d+1 columns.
 """
@@ -35,24 +35,59 @@ class MetaGradient:
 
 
 def meta_gradient(extractor: Callable[[Tensor], Tensor], x_syn: Tensor, y_syn: Tensor, x_real: Tensor, y_real: Tensor, *,
-                  ridge: float = 1e-6, chunk_size: int | None = None, objective: Objective | None = None) -> MetaGradient:
+                  ridge: float = 1e-6, chunk_size: int | None = None, slices: int = 1, f_real: Tensor | None = None,
+                  objective: Objective | None = None) -> MetaGradient:
     """L = mean((F_b W - Y_b)^2) with W the ridge head on (X_s, Y_s), and dL/dX_s, dL/dY_s. (Algorithm 1, eq. 6)
 
     extractor: images [n, C, H, W] -> features [n, d]; a module (or a method of one) is used in eval mode and left
     as it was found.
     x_syn [m, C, H, W], y_syn [m, k], x_real [b, C, H, W], y_real [b, k]. ridge: lambda / trace(K), lambda constant.
-    chunk_size: images whose activations are held at once; None holds them all. It changes rounding only.
+    chunk_size: images whose activations are held at once; None holds them all. slices: P, the images pass the extractor in that many
+    parts, as where each is another process's. Both change rounding only.
+    f_real: the real images' features, where they are known already (`real_features`).
     objective: another L; default: `ridge_objective`.
 
     Raises ValueError for shapes that do not fit, RidgeError when the ridge system cannot be factorised.
     """
     _check(x_syn, y_syn, x_real, y_real, chunk_size)
+    if f_real is None:
+        f_real = real_features(extractor, x_real, chunk_size=chunk_size, slices=slices)  # [b, d]
+    parts = [Pullable(extractor, part, chunk_size) for part in cut(x_syn, slices)]
+    loss, g_features, g_y, retries = head_gradient(torch.cat([part.features for part in parts]), y_syn, f_real, y_real, ridge, objective)
+    x = [part.pull_back(g_part) for part, g_part in zip(parts, cut(g_features, slices), strict=True)]
+    return MetaGradient(loss, torch.cat(x), g_y, retries)
+
+
+def cut(rows: Tensor, slices: int) -> list[Tensor]:
+    """[n, ...] -> P parts of about n / P rows, or n of one row where there are fewer."""
+    return list(rows.tensor_split(max(1, min(slices, len(rows)))))
+
+
+def real_features(extractor: Callable[[Tensor], Tensor], x_real: Tensor, *, chunk_size: int | None = None, slices: int = 1) -> Tensor:
+    """Features [b, d] of x_real [b, C, H, W], as `meta_gradient` computes them."""
     with _evaluating(extractor):
-        f_real = _features(extractor, x_real, chunk_size)  # [b, d]
-        f_syn, pull_back = _features_and_pull_back(extractor, x_syn, chunk_size)
-        with torch.no_grad(), torch.autocast(x_syn.device.type, enabled=False):
-            loss, g_features, g_y, retries = (objective or ridge_objective)(f_syn, y_syn, f_real, y_real, ridge)
-        return MetaGradient(loss, pull_back(g_features), g_y, retries)
+        return torch.cat([_features(extractor, part, chunk_size) for part in cut(x_real, slices)])
+
+
+def head_gradient(f_syn: Tensor, y_syn: Tensor, f_real: Tensor, y_real: Tensor, ridge: float,
+                  objective: Objective | None = None) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(L, dL/df_syn, dL/dY_s, failed factorisations) of an objective, without a graph and in the features' own precision."""
+    with torch.no_grad(), torch.autocast(f_syn.device.type, enabled=False):
+        return (objective or ridge_objective)(f_syn, y_syn, f_real, y_real, ridge)
+
+
+class Pullable:
+    """Features [m, d] of synthetic images x [m, C, H, W], and the way back from dL/dfeatures to dL/dx."""
+
+    def __init__(self, extractor: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int | None = None) -> None:
+        self._extractor = extractor
+        with _evaluating(extractor):
+            self.features, self._pull_back = _features_and_pull_back(extractor, x, chunk_size)
+
+    def pull_back(self, g: Tensor) -> Tensor:
+        """dL/dfeatures [m, d] -> dL/dx. Once."""
+        with _evaluating(self._extractor):
+            return self._pull_back(g)
 
 
 def ridge_objective(f_syn: Tensor, y_syn: Tensor, f_real: Tensor, y_real: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -95,7 +130,8 @@ def _outer_loss(f_real: Tensor, y_real: Tensor, w: Tensor) -> tuple[Tensor, Tens
 
 def _features(extractor: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int | None) -> Tensor:
     """Features [n, d] without a graph, in at least float32."""
-    images = min(chunk_size or len(x), max(1, TILE // x[0, 0].numel()) if x.device.type == "cpu" else len(x))
+    at_once = TILE // x.shape[2:].numel() if x.device.type == "cpu" else len(x)
+    images = max(1, min(chunk_size or len(x), max(1, at_once)))
     with torch.no_grad():
         return torch.cat([_at_least_float32(extractor(part)) for part in x.split(images)])
 

@@ -8,6 +8,7 @@ std (METHOD 2, step 7; DESIGN, Spaces).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -58,6 +59,17 @@ class Outer:
         self._optimizer.step()
         self.steps += 1
 
+    def to(self, device: torch.device | str) -> Outer:
+        """An equal one on a device."""
+        moved = copy.deepcopy(self)
+        moved._scale = {name: value.to(device) for name, value in self._scale.items()}
+        moved._stepped = {name: value.to(device) for name, value in moved._stepped.items()}
+        for group, value in zip(moved._optimizer.param_groups, moved._stepped.values(), strict=True):
+            group["params"] = [value]
+        moved._optimizer.state.clear()
+        moved.load_state_dict(self.state_dict())
+        return moved
+
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors (times their scale), the optimiser's moments and the step count, as flat tensors."""
         state = {"steps": torch.tensor(self.steps)}
@@ -72,8 +84,9 @@ class Outer:
         self.steps = int(state["steps"])
         for name, value in self._stepped.items():
             value.copy_(state[name])
-            moments = {key.removeprefix(f"{name}."): held.clone() for key, held in state.items() if key.startswith(f"{name}.")}
-            self._optimizer.state[value] = moments
+            moments = {key.removeprefix(f"{name}."): held for key, held in state.items() if key.startswith(f"{name}.")}
+            self._optimizer.state[value] = {key: held.to(value.device, copy=True) if held.ndim else held.clone()
+                                            for key, held in moments.items()}
 
 
 def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

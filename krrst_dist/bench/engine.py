@@ -1,4 +1,4 @@
-"""`krrst bench engine`: what the actors cost over the serial loop, and what a second one gains.
+"""`krrst bench engine`: what the actors cost over the serial loop, with compute and without, and what a second one gains.
 
 Everything runs on one machine's CPUs; the steps that are compared take turns, so an actor whose turn it is not is idle.
 """
@@ -14,11 +14,14 @@ import torch
 
 from krrst_dist.algorithm import mean
 from krrst_dist.bench import measure
+from krrst_dist.bench.cost import Overhead
+from krrst_dist.bench.overhead import WAYS, Measured, measure_overhead, report
 from krrst_dist.bench.problem import Problem
 from krrst_dist.config import load_preset
 from krrst_dist.on_ray import cluster
 from krrst_dist.on_ray.aggregate import ObjectStoreAggregator
 from krrst_dist.on_ray.group import WorkerGroup
+from krrst_dist.on_ray.sliced import Layout
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class EngineTimes:
     one_shard: list[float]
     one_actor: list[float]
     two_actors: list[float]
+    null: list[Measured]
 
     @property
     def overhead(self) -> list[float]:
@@ -43,8 +47,10 @@ class EngineTimes:
 
 
 def bench_engine(*, preset: str = "cifar100", rounds: int = 5, threads: int | None = None, m: int | None = None,
-                 batch: int | None = None) -> EngineTimes:
-    """Time the Ray engine with one actor beside the serial loop, and two actors beside one, on this machine's CPUs.
+                 batch: int | None = None, actors: tuple[int, ...] = (1, 2, 4, 8, 16),
+                 sizes: tuple[str, ...] = ("cifar100", "tinyimagenet")) -> EngineTimes:
+    """Time the Ray engine with one actor beside the serial loop, and two actors beside one, on this machine's CPUs; then updates that
+    compute nothing, with more actors.
 
     Args:
         preset: whose sizes and networks; images and targets are random.
@@ -52,11 +58,13 @@ def bench_engine(*, preset: str = "cifar100", rounds: int = 5, threads: int | No
         threads: CPU threads of the serial loop and of the one actor beside it; default: as many as torch takes.
         m: synthetic images, instead of the preset's.
         batch: real images of all shards, instead of the preset's.
+        actors: numbers of actors of the updates that compute nothing.
+        sizes: presets of whose sizes they are.
     """
     threads, before = threads or torch.get_num_threads(), torch.get_num_threads()
     given = {name: value for name, value in {"distill.m": m, "distill.batch": batch}.items() if value is not None}
     one, two = (Problem(load_preset(preset, **given, **{"distill.shards": shards})) for shards in (1, 2))
-    cluster.connect(num_cpus=max(threads, 3, os.cpu_count() or 1))  # more CPUs than there are, maybe: they are used in turns
+    cluster.connect(num_cpus=max(threads, 3, *actors, os.cpu_count() or 1))  # more CPUs than there are, maybe: they are used in turns
     torch.set_num_threads(threads)
     try:
         cluster.require(cpus=threads, gpus=0, actors=1)
@@ -64,17 +72,19 @@ def bench_engine(*, preset: str = "cifar100", rounds: int = 5, threads: int | No
             overhead = measure.in_turns({"serial": one.ours(), "engine": _engine(stack, one, actors=1, threads=threads)}, rounds + 1)
         cluster.require(cpus=1, gpus=0, actors=3)
         with ExitStack() as stack:
-            speed_up = measure.in_turns({str(actors): _engine(stack, two, actors=actors, threads=1) for actors in (1, 2)}, rounds + 1)
+            speed_up = measure.in_turns({str(count): _engine(stack, two, actors=count, threads=1) for count in (1, 2)}, rounds + 1)
+        null = measure_overhead(presets=sizes, actors=actors, rounds=rounds)
     finally:
         torch.set_num_threads(before)
-    result = EngineTimes(*(times[1:] for times in (*overhead.values(), *speed_up.values())))  # the first round warms up
-    print(_report(result, one, threads))
+    result = EngineTimes(*(times[1:] for times in (*overhead.values(), *speed_up.values())), null)  # the first round warms up
+    models = {way: Overhead.fit([one for one in null if one.way == way]) for way in WAYS}
+    print(_report(result, one, threads), report(null, models, statistics.median(result.one_shard)), sep="\n\n")
     return result
 
 
 def _engine(stack: ExitStack, problem: Problem, *, actors: int, threads: int) -> measure.Step:
     """One meta-update by the engine, with actors that live until the stack is left."""
-    group = stack.enter_context(WorkerGroup(shards=problem.config.distill.shards, actors=actors, threads=threads, gpus=0))
+    group = stack.enter_context(WorkerGroup(Layout(problem.config.distill.shards, 1, actors), threads=threads))
     group.start()
     group.build(problem.shard)
     outer = problem.outer()

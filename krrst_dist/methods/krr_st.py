@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from krrst_dist import networks, seeds
-from krrst_dist.algorithm import ModelPool, OuterOptimizer, Shard
+from krrst_dist.algorithm import ModelPool, OuterOptimizer, Shard, Slice
 from krrst_dist.algorithm.contribution import mean
 from krrst_dist.artifacts import DistilledSet, Space
 from krrst_dist.config import Config, ConfigError, MethodSettings, NetworkSettings, NonNegative, Positive, Settings
@@ -61,6 +61,8 @@ class DistillSettings(MethodSettings):
     """lambda over trace(K)"""
     chunk_size: Positive | None = None
     """synthetic images whose activations are held at once; bounds memory, changes rounding only"""
+    slices: Positive = 1
+    """P, parts that the images of a meta-gradient are cut into: so many actors can share one shard's. Changes rounding only"""
     shards: Annotated[Positive, tyro.conf.arg(aliases=("--shards",))] = 1
     """S, logical shards; 1 is Algorithm 1 to the letter"""
     space: Literal["normalised", "raw"] = "normalised"
@@ -83,6 +85,14 @@ class DistillSettings(MethodSettings):
                 f"batch = {self.batch} is not a multiple of shards = {self.shards}: every shard reads "
                 f"batch / shards images; take batch = {max(1, round(self.batch / self.shards)) * self.shards}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _slices_have_rows(self) -> DistillSettings:
+        rows = min(self.m, self.batch // self.shards)
+        if self.slices > rows:
+            raise ValueError(f"slices = {self.slices}: a shard has {self.m} synthetic and {self.batch // self.shards} real images to cut "
+                             f"up; take at most {rows}")
         return self
 
 
@@ -129,16 +139,20 @@ class KrrSt(Method):
              device: torch.device | str = "cpu") -> Shard:
         """Logical shard `index`: its pool of fresh models and its reader, ready for `warm_up` or `load_state_dict`."""
         settings = config.distill
-        network, resolution, k = settings.pool.network, source.prepared.resolution, source.targets.k
 
         def fresh_model() -> nn.Module:
-            model = networks.with_head(networks.build(network.name, resolution=resolution, **network.options()), k)
-            return model.to(device, memory_format=torch.channels_last)
+            return networks.with_head(_network(config), source.targets.k).to(device, memory_format=torch.channels_last)
 
         pool = ModelPool(fresh_model, **settings.pool.model_dump(exclude={"network"}), seed=config.seed, shard=index)
         batches = source.batches("targets", config, index, device=device)
-        return Shard(index, pool, batches, ridge=settings.ridge, chunk_size=settings.chunk_size, precision=config.engine.precision,
-                     device=device)
+        return Shard(index, pool, batches, ridge=settings.ridge, chunk_size=settings.chunk_size, slices=settings.slices,
+                     precision=config.engine.precision, device=device)
+
+    def slice(self, config: Config, source: Source, shard: int, p: int, *, device: torch.device | str = "cpu") -> Slice:
+        """Slice p > 0 of a shard: a network for its model's weights, and its reader once more."""
+        network = _network(config).to(device, memory_format=torch.channels_last)
+        return Slice(p, config.distill.slices, network, source.batches("targets", config, shard, device=device),
+                     chunk_size=config.distill.chunk_size, precision=config.engine.precision, device=device)
 
     def warm_up_steps(self, config: Config) -> int:
         """Training steps of all pools: half the largest age each."""
@@ -148,6 +162,12 @@ class KrrSt(Method):
     def network(self, config: Config) -> NetworkSettings:
         """The pool's."""
         return config.distill.pool.network
+
+
+def _network(config: Config) -> nn.Module:
+    """A fresh f_w."""
+    network = config.distill.pool.network
+    return networks.build(network.name, resolution=config.source.resolution, **network.options())
 
 
 METHOD = KrrSt()

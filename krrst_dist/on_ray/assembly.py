@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from krrst_dist import plugins, storage
-from krrst_dist.algorithm import Outer
+from krrst_dist.algorithm import Outer, Slice
 from krrst_dist.artifacts import DistilledSet
 from krrst_dist.config import Config, ConfigError, EngineSettings
 from krrst_dist.data.cache import Cache
@@ -93,7 +93,8 @@ class Assembly:
         """What the engine does for the method."""
         method, config = self.method, self.config
         return Work(outer=self.outer, build=self.build, combine=method.combine, chores=method.chores(config, self.source), do=self.do,
-                    measure=self.measure if self.measured else None, warm_up=method.warm_up_steps(config))
+                    measure=self.measure if self.measured else None, warm_up=method.warm_up_steps(config),
+                    slices=getattr(config.distill, "slices", 1), slice=self.slice)
 
     def outer(self, horizon: int) -> Outer:
         """The learned tensors at their start."""
@@ -102,6 +103,10 @@ class Assembly:
     def build(self, shard: int) -> Part:
         """Logical shard number `shard`."""
         return self.method.part(self.config, self.source, self.start, shard, read=self.read, device=device(self.config.engine))
+
+    def slice(self, shard: int, p: int) -> Slice:
+        """Slice p > 0 of logical shard number `shard`."""
+        return self.method.slice(self.config, self.source, shard, p, device=device(self.config.engine))
 
     def do(self, chore: str, alive: Callable[[], None]) -> None:
         """Compute one of the method's chores, unless it is there."""

@@ -23,7 +23,7 @@ from krrst_dist import storage
 from krrst_dist.artifacts import ArtifactError
 from krrst_dist.config import ConfigError
 from krrst_dist.on_ray.errors import TakenOverError
-from krrst_dist.on_ray.worker import SavedShard, read_verified
+from krrst_dist.on_ray.worker import SavedShard, read_verified, saved_as
 
 FORMAT = "krrst_dist checkpoint, version 1"
 MANIFEST, OUTER, CLAIM = "manifest.json", "outer.safetensors", "claim.json"
@@ -79,6 +79,8 @@ class Checkpoints:
             if about["format"] != FORMAT:
                 raise ArtifactError(f"{uri} was written by another version of this package ({about['format']})")
             shards = {entry["shard"]: SavedShard(**entry) for entry in about["shards"]}
+            if any(saved.name != saved_as(shard) for shard, saved in shards.items()):
+                raise ArtifactError(f"{uri}/{MANIFEST} names files that are not a checkpoint's")
             return Checkpoint(uri, about["step"], Facts(**about["facts"]), about["outer"], shards)
         except (ValueError, TypeError, KeyError) as error:
             raise error if isinstance(error, ArtifactError) else ArtifactError(f"{uri}/{MANIFEST} is damaged ({error})") from None

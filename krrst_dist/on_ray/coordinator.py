@@ -21,7 +21,7 @@ from krrst_dist import storage
 from krrst_dist.algorithm import Contribution, DivergedError, Outer
 from krrst_dist.artifacts import ArtifactError
 from krrst_dist.config import Config, ConfigError
-from krrst_dist.on_ray.aggregate import Aggregator, ObjectStoreAggregator
+from krrst_dist.on_ray.aggregate import Aggregator, CollectiveAggregator, ObjectStoreAggregator
 from krrst_dist.on_ray.checkpoint import Checkpoint, Facts
 from krrst_dist.on_ray.cluster import ClusterError, Rooms
 from krrst_dist.on_ray.errors import EngineError, LostActor, TakenOverError
@@ -29,6 +29,7 @@ from krrst_dist.on_ray.group import START, WorkerGroup
 from krrst_dist.on_ray.heartbeat import Heartbeat
 from krrst_dist.on_ray.progress import ProgressLine, Record, curve, read_history
 from krrst_dist.on_ray.resume import check_resume, checkpoints_of, facts, nothing_readable
+from krrst_dist.on_ray.sliced import BuildSlice, Layout
 from krrst_dist.on_ray.worker import Build, Do, Host, Measure
 from krrst_dist.provenance import code_fingerprint
 
@@ -63,6 +64,7 @@ class Work:
     outer: horizon of the learning rate's schedule -> the learned tensors at their start. build: shard index -> shard. combine: how the
     shards' contributions make one. chores, do: what has to be computed once before shards can be built, and how. measure: (network
     index, values, alive) -> held-out ridge loss; None: not measured. warm_up: signs of life that the shards' warm-up gives, about.
+    slices: P, how many actors can share a shard, where `slice` builds a further slice of one.
     """
 
     outer: Callable[[int], Outer]
@@ -72,6 +74,8 @@ class Work:
     do: Do | None = None
     measure: Measure | None = None
     warm_up: int = 0
+    slices: int = 1
+    slice: BuildSlice | None = None
 
 
 class Coordinator:
@@ -181,14 +185,14 @@ class Coordinator:
         config = self._config
         patience = 0 if first else REPLACE
         with self._rooms.take(stop=self._stop, patience=patience, say=self._say) as room, WorkerGroup(
-                shards=config.distill.shards, actors=config.engine.actors, threads=config.engine.threads, gpus=config.engine.gpus,
-                stop=self._stop, room=room, say=self._say) as group:
+                Layout(config.distill.shards, self._work.slices, config.engine.actors), threads=config.engine.threads,
+                gpus=config.engine.gpus, stop=self._stop, room=room, say=self._say) as group:
             self._checkpoints.claim()
             try:
                 hosts = group.start()
                 self._require_one_kind(hosts)
                 self._do_chores(group)
-                group.build(self._work.build, self._work.measure)
+                group.build(self._work.build, self._work.measure, self._work.slice)
             except LostActor as lost:
                 if not first:
                     raise
@@ -209,7 +213,7 @@ class Coordinator:
 
     def _loop(self, group: WorkerGroup, outer: Outer, record: Record, *, restored: bool) -> Outcome:
         updates, every = self._config.distill.updates, self._config.evaluate.every
-        aggregator = ObjectStoreAggregator(group, outer, self._work.combine)
+        aggregator = (CollectiveAggregator if self._config.engine.collective else ObjectStoreAggregator)(group, outer, self._work.combine)
         if not restored:
             self._warm_up(group, aggregator)
             self._save(group, aggregator, record, step=0)
@@ -219,7 +223,7 @@ class Coordinator:
         try:
             for step in range(outer.steps, updates):
                 lr = outer.lr
-                update = aggregator.update(step)
+                update = aggregator.update(step, last=step + 1 == updates)
                 done = step + 1
                 record.update(done, update, lr=lr)
                 self._heart.update(done, update.total)

@@ -19,6 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from krrst_dist.on_ray.errors import EngineError, LostActor
+from krrst_dist.on_ray.sliced import BuildSlice, Layout
 from krrst_dist.on_ray.worker import Build, Host, Measure, Worker
 
 START = 1800.0
@@ -29,28 +30,35 @@ _PULSE = 5.0  # seconds between signs of life
 _SAY = 30.0  # seconds between the lines of a start that takes long
 _LOST = (exceptions.RayActorError, exceptions.GetTimeoutError, exceptions.ObjectLostError, exceptions.NodeDiedError,
          exceptions.OutOfMemoryError, exceptions.WorkerCrashedError)
+
+
+def patience(slowest: float) -> float:
+    """Seconds of silence allowed in a meta-update. slowest: seconds of the slowest one so far, 0 before the first."""
+    return max(STEP, 20 * slowest) if slowest else START
+
+
 PINNED = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  # what makes CPUs of several kinds round alike
 
 
 class WorkerGroup:
-    """G actors that host S shards, shard s on actor s mod G. Use as a context manager: the actors end with the block.
+    """G actors that host the shards and slices of a layout. Use as a context manager: the actors end with the block.
 
     threads: CPU threads, and CPUs asked of Ray, an actor; gpus: GPUs an actor. stop: when set (by another thread), waits
     end in KeyboardInterrupt. room: where the actors go, one to a bundle (`cluster.Rooms`); None: wherever Ray finds room, and waits for
     it. say: told what a start that takes long is waiting for.
     """
 
-    def __init__(self, *, shards: int, actors: int, threads: int, gpus: float = 0, stop: threading.Event | None = None,
+    def __init__(self, layout: Layout, *, threads: int, gpus: float = 0, stop: threading.Event | None = None,
                  room: PlacementGroup | None = None, say: Callable[[str], None] | None = None) -> None:
-        self.actors, self._threads, self._stop = actors, threads, stop or threading.Event()
+        self.layout, self._threads, self._stop = layout, threads, stop or threading.Event()
+        self.device = "cuda" if gpus else "cpu"
         self._room, self._say = room, say or (lambda line: None)
-        self._shards = [range(g, shards, actors) for g in range(actors)]
         self._hosts: list[Host] = []
         pinned = {name: os.environ[name] for name in PINNED if name in os.environ}
         actor = ray.remote(concurrency_groups={"pulse": 1})(Worker)
         options = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "runtime_env": {"env_vars": pinned} if pinned else None}
         places = [{} if room is None else {"scheduling_strategy": PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=g)}
-                  for g in range(actors)]
+                  for g in range(layout.actors)]
         self._workers = [actor.options(**options, **place).remote() for place in places]
 
     def __enter__(self) -> WorkerGroup:
@@ -67,22 +75,28 @@ class WorkerGroup:
         self.everywhere("prepare", self._threads, silence=START)
         return self._hosts
 
-    def build(self, build: Build, measure: Measure | None = None) -> None:
-        """Let the actors build their shards."""
-        calls = [(g, worker.build.remote(build, shards, measure))
-                 for g, (worker, shards) in enumerate(zip(self._workers, self._shards, strict=True))]
+    def build(self, build: Build, measure: Measure | None = None, build_slice: BuildSlice | None = None) -> None:
+        """Let the actors build their shards and slices."""
+        calls = [(g, worker.build.remote(build, self.layout.shards_of(g), measure, build_slice, self.layout.slices_of(g)))
+                 for g, worker in enumerate(self._workers)]
         self.gather(calls, silence=START, starting="to open its data and make its models")
+
+    def call(self, actor: int, method: str, *arguments: Any, returns: int = 1) -> Any:
+        """Call a method on one actor: the reference to its answer, or `returns` of them. To be waited for with `gather`."""
+        return getattr(self._workers[actor], method).options(num_returns=returns).remote(*arguments)
 
     def everywhere(self, method: str, *arguments: Any, silence: float, on_pulse: Callable[[int], None] | None = None) -> list[Any]:
         """Call a method on all actors; their answers in actor order."""
-        calls = [(g, getattr(worker, method).remote(*arguments)) for g, worker in enumerate(self._workers)]
-        return self.gather(calls, silence=silence, on_pulse=on_pulse)
+        return self.gather(self.ask(method, *arguments), silence=silence, on_pulse=on_pulse)
+
+    def ask(self, method: str, *arguments: Any) -> list[tuple[int, ray.ObjectRef]]:
+        """Call a method on all actors, without waiting: (actor, reference), for `gather`."""
+        return [(g, self.call(g, method, *arguments)) for g in range(self.layout.actors)]
 
     def spread(self, method: str, items: Sequence[Any], *arguments: Any, silence: float,
                on_answer: Callable[[int], None] | None = None) -> list[Any]:
         """Call a method once an item, the items dealt out to the actors; the answers in item order."""
-        dealt = [(i % self.actors, item) for i, item in enumerate(items)]
-        calls = [(g, getattr(self._workers[g], method).remote(item, *arguments)) for g, item in dealt]
+        calls = [(i % self.layout.actors, self.call(i % self.layout.actors, method, item, *arguments)) for i, item in enumerate(items)]
         return self.gather(calls, silence=silence, on_answer=on_answer)
 
     def gather(self, calls: Sequence[tuple[int, ray.ObjectRef]], *, silence: float, on_pulse: Callable[[int], None] | None = None,
@@ -126,11 +140,18 @@ class WorkerGroup:
         try:
             return ray.get(reference, timeout=timeout)
         except exceptions.RayTaskError as error:
+            if isinstance(error.cause, _LOST):  # what it was to work on was another one's
+                raise LostActor(f"{self._describe(self._who(error.cause, actor))} was lost: {_last_line(error)}") from error
             if isinstance(error.cause, exceptions.RayError):
                 raise EngineError(f"{self._describe(actor)} could not take its work: {_last_line(error)}") from error
             raise error.cause from error
         except _LOST as error:
             raise LostActor(f"{self._describe(actor)} was lost: {_last_line(error)}") from error
+
+    def _who(self, lost: Exception, asked: int) -> int:
+        """The actor that an error is about, as far as it says so."""
+        actors = [worker._actor_id.hex() for worker in self._workers]
+        return actors.index(lost.actor_id) if getattr(lost, "actor_id", None) in actors else asked
 
     def _require_room(self, actor: int) -> None:
         """Raise LostActor when the actors' room has gone with a host."""
@@ -153,7 +174,10 @@ class WorkerGroup:
 
     def _describe(self, actor: int) -> str:
         host = f" on {self._hosts[actor].name} (process {self._hosts[actor].pid})" if self._hosts else ""
-        return f"actor {actor} with shard(s) {', '.join(map(str, self._shards[actor]))}{host}"
+        hosted = [("shard(s)", map(str, self.layout.shards_of(actor))),
+                  ("slice(s)", (f"{p} of shard {shard}" for shard, p in self.layout.slices_of(actor)))]
+        return f"actor {actor} with " + " and ".join(f"{what} {', '.join(which)}" for what, which in
+                                                     ((what, list(which)) for what, which in hosted) if which) + host
 
 
 def _last_line(error: Exception) -> str:

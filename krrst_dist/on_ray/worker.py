@@ -23,10 +23,13 @@ import torch
 from torch import Tensor
 
 from krrst_dist import storage
-from krrst_dist.algorithm import Contribution, DivergedError
+from krrst_dist.algorithm import Contribution, DivergedError, Outer
 from krrst_dist.algorithm.ridge import FeaturesError
 from krrst_dist.artifacts import ArtifactError
 from krrst_dist.methods.common.protocol import Part
+from krrst_dist.on_ray import collective, network
+from krrst_dist.on_ray.collective import Combine, Told
+from krrst_dist.on_ray.sliced import Arrays, BuildSlice, Head, SlicedParts
 from krrst_dist.provenance import code_fingerprint
 
 Build = Callable[[int], Part]
@@ -105,17 +108,21 @@ class Worker:
         if torch.get_num_interop_threads() != 1:
             torch.set_num_interop_threads(1)
         self._shards: list[Part] = []
+        self._train_seconds = 0.0  # of this update, where it is done by slices
         self._signs = 0  # of life, from chores and held-out measurements
 
     def do(self, chore: str, do: Do) -> None:
         """Something that the shards need before they can be built."""
         do(chore, self._alive)
 
-    def build(self, build: Build, shards: Iterable[int], measure: Measure | None) -> None:
-        """Make the shards."""
+    def build(self, build: Build, shards: Iterable[int], measure: Measure | None, build_slice: BuildSlice | None = None,
+              slices: Iterable[tuple[int, int]] = ()) -> None:
+        """Make the shards, and slices (shard, p) of shards."""
         self._shards = [build(shard) for shard in shards]
+        self._slices = SlicedParts(self._shards, {(shard, p): build_slice(shard, p) for shard, p in slices})
         self._measure = measure
-        self._behind: int | None = None  # the update that shards still have to follow up
+        self._at: int | None = None  # the last update that the shards took part in
+        self._behind = False  # do they still have to follow it up?
 
     def warm_up(self, *values: np.ndarray) -> None:
         """What precedes the first update (KRR-ST: train every pool to its starting ages)."""
@@ -129,18 +136,69 @@ class Worker:
         self._follow_up(tensors)
         trained = time.perf_counter()
         parts = tuple(Packed.pack(shard.index, shard.contribute(step, *tensors)) for shard in self._shards)
-        self._behind = step
+        self._at, self._behind = step, True
         return Answer(parts, trained - started, time.perf_counter() - trained)
+
+    def look_ahead(self, step: int) -> None:
+        """Do what of update `step` can be done before the one before it has ended."""
+        for shard in self._shards:
+            shard.look_ahead(step)
+
+    def weights(self, step: int, shard: int, *values: np.ndarray) -> dict[str, np.ndarray]:
+        """Follow up update step - 1, then the weights of a shard's model drawn for update `step`. For updates by slices (`sliced.py`)."""
+        started = time.perf_counter()
+        self._follow_up(_tensors(values))
+        self._train_seconds = max(self._train_seconds, time.perf_counter() - started)
+        return self._slices.weights(step, shard)
+
+    def features(self, step: int, shard: int, p: int, weights: Mapping[str, np.ndarray] | None, x_syn: np.ndarray) -> Arrays | None:
+        """Features of slice p of a shard."""
+        return self._slices.features(step, shard, p, weights, *_tensors([x_syn]))
+
+    def solve(self, step: int, shard: int, y_syn: np.ndarray, *features: Arrays) -> tuple[Head, *tuple[np.ndarray, ...]]:
+        """A shard's ridge head, given the features of its slices 1..P-1."""
+        self._at, self._behind = step, True
+        train, self._train_seconds = self._train_seconds, 0.0
+        return self._slices.solve(step, shard, *_tensors([y_syn]), features, train)
+
+    def pull_back(self, step: int, shard: int, p: int, solved: Head | np.ndarray) -> np.ndarray:
+        """dL/dX_s in slice p's rows. solved: p of what `solve` gave."""
+        return self._slices.pull_back(step, shard, p, solved)
+
+    def rendezvous(self) -> str:
+        """HOST:PORT where this actor's process can begin a process group."""
+        address = ray.util.get_node_ip_address()
+        return f"{address}:{network.free_port(address)}"
+
+    def join(self, address: str, rank: int, world: int, outer: Outer, combine: Combine, device: str) -> None:
+        """Enter the process group that process 0 begins at `address`, with a replica of what is learned. For updates by all-reduce
+        (`collective.py`)."""
+        network.tell_gloo(ray.util.get_node_ip_address())
+        collective.join(address, rank, world, torch.device(device))
+        self._replica = collective.Replica(outer, combine, torch.device(device))
+
+    def together(self, step: int, last: bool) -> Told:
+        """Do meta-update `step`, as all actors do at the same time."""
+        self._at = step
+        return self._replica.update(step, self._shards, last=last)
+
+    def values(self) -> tuple[np.ndarray, ...] | np.ndarray:
+        """What is learned as it is now; a single array where there is but one."""
+        values = self._replica.values()
+        return values if len(values) > 1 else values[0]
+
+    def outer_state(self) -> dict[str, np.ndarray]:
+        """The state of the outer optimiser."""
+        return {name: value.cpu().numpy() for name, value in self._replica.outer.state_dict().items()}
 
     def save(self, directory: str, *values: np.ndarray) -> list[SavedShard]:
         """Write one file a shard, after the last update has been followed up.
 
         Raises DivergedError, before anything is written, for a shard that cannot be gone on with.
         """
-        last = self._behind
         self._follow_up(_tensors(values))
         for shard in self._shards:
-            shard.check(last)
+            shard.check(self._at)
         return [_save(shard, directory) for shard in self._shards]
 
     def restore(self, directory: str, saved: Mapping[int, SavedShard]) -> None:
@@ -149,7 +207,8 @@ class Worker:
             entry = saved[shard.index]
             payload = read_verified(directory, entry.name, entry.size, entry.sha256)
             shard.load_state_dict(safetensors.torch.load(payload), dict(entry.position))
-        self._behind = None
+        self._slices.restore({shard: entry.position for shard, entry in saved.items()})
+        self._at, self._behind = None, False
 
     def measure(self, network: int, *values: np.ndarray) -> float:
         """The held-out ridge loss of one network. Touches no shard. Raises DivergedError when there is none."""
@@ -170,11 +229,10 @@ class Worker:
         self._signs += 1
 
     def _follow_up(self, values: tuple[Tensor, ...]) -> None:
-        if self._behind is None:
-            return
-        for shard in self._shards:
-            shard.advance(self._behind, *values)
-        self._behind = None
+        if self._behind:
+            for shard in self._shards:
+                shard.advance(self._at, *values)
+            self._behind = False
 
 
 def read_verified(directory: str, name: str, size: int, sha256: str) -> bytes:
@@ -191,10 +249,15 @@ def read_verified(directory: str, name: str, size: int, sha256: str) -> bytes:
     return payload
 
 
+def saved_as(shard: int) -> str:
+    """The name of a shard's file in a checkpoint."""
+    return f"shard-{shard}.safetensors"
+
+
 def _save(shard: Part, directory: str) -> SavedShard:
     tensors, position = shard.state_dict()
     payload = safetensors.torch.save({name: value.detach().contiguous() for name, value in tensors.items()})
-    name = f"shard-{shard.index}.safetensors"
+    name = saved_as(shard.index)
     storage.write_whole(storage.join(directory, name), payload)
     return SavedShard(shard.index, name, len(payload), hashlib.sha256(payload).hexdigest(), position)
 

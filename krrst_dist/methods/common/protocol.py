@@ -17,6 +17,7 @@ from torch import Tensor
 
 from krrst_dist.algorithm.contribution import Contribution, total
 from krrst_dist.algorithm.outer import Outer
+from krrst_dist.algorithm.slices import Slice
 from krrst_dist.artifacts import DistilledSet
 from krrst_dist.config import Config, MethodSettings, NetworkSettings
 from krrst_dist.methods.common.source import Source
@@ -36,6 +37,9 @@ class Part(Protocol):
 
     def contribute(self, step: int, *values: Tensor) -> Contribution:
         """Its part of outer step `step`. Raises DivergedError when that is not finite."""
+
+    def look_ahead(self, step: int) -> None:
+        """Do what of `contribute(step)` does not depend on how outer step `step` - 1 ends. Called after that one's `contribute`, or not."""
 
     def advance(self, step: int, *values: Tensor) -> None:
         """What follows outer step `step`, with what is learned by then."""
@@ -60,6 +64,9 @@ class Stateless:
         self._signs = 0
 
     def warm_up(self, *values: Tensor) -> None:
+        pass
+
+    def look_ahead(self, step: int) -> None:
         pass
 
     def advance(self, step: int, *values: Tensor) -> None:
@@ -128,6 +135,10 @@ class Method:
     def part(self, config: Config, source: Source, start: DistilledSet, index: int, *, read: Read, device: torch.device) -> Part:
         """Logical shard `index`."""
         return Stateless(index)
+
+    def slice(self, config: Config, source: Source, shard: int, p: int, *, device: torch.device) -> Slice:
+        """Slice p > 0 of logical shard `shard`, for methods whose settings have `slices`."""
+        raise NotImplementedError
 
     def result(self, start: DistilledSet, values: Sequence[Tensor]) -> DistilledSet:
         """The distilled set of the learned tensors; here X_s alone, or X_s and Y_s."""

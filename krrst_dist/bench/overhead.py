@@ -1,0 +1,97 @@
+"""What the engine costs by itself: updates of a preset's sizes whose shards compute nothing, by both ways to sum, and a model of it.
+
+Serial updates with the same outer step take turns with the engine's; the difference is what actors cost. All on one machine:
+where there are more actors than cores, their work queues, so that hosts of their own do better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from krrst_dist.algorithm import Contribution, OuterOptimizer, mean
+from krrst_dist.bench import measure
+from krrst_dist.bench.cost import Overhead
+from krrst_dist.bench.problem import Problem
+from krrst_dist.config import load_preset
+from krrst_dist.methods.common.protocol import Stateless
+from krrst_dist.on_ray.aggregate import CollectiveAggregator, ObjectStoreAggregator
+from krrst_dist.on_ray.group import WorkerGroup
+from krrst_dist.on_ray.sliced import Layout
+
+WAYS = {"store": ObjectStoreAggregator, "collective": CollectiveAggregator}
+
+
+class NullPart(Stateless):
+    """A shard whose gradient is there already."""
+
+    def __init__(self, index: int, shapes: Sequence[tuple[int, ...]]) -> None:
+        super().__init__(index)
+        self._gradients = tuple(torch.full(shape, 1e-3) for shape in shapes)
+
+    def contribute(self, step: int, *values: Tensor) -> Contribution:
+        return Contribution(0.0, self._gradients, 1)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds an update beyond a serial one's, as measured. size: bytes of X_s and Y_s."""
+
+    way: str
+    preset: str
+    size: int
+    actors: int
+    seconds: list[float]
+
+
+def measure_overhead(*, presets: Sequence[str], actors: Sequence[int], rounds: int) -> list[Measured]:
+    """Both ways, all sizes, all numbers of actors, each `rounds` times. On the cluster that this process is in."""
+    return [_measure(way, preset, count, rounds) for preset in presets for count in actors for way in WAYS]
+
+
+def _measure(way: str, preset: str, actors: int, rounds: int) -> Measured:
+    start = Problem(load_preset(preset)).start()
+    shapes = [tuple(value.shape) for value in start]
+    with ExitStack() as stack:
+        group = stack.enter_context(WorkerGroup(Layout(actors, 1, actors), threads=1))
+        group.start()
+        group.build(partial(NullPart, shapes=shapes))
+        alone, outer = _outer(start), _outer(start)
+        aggregator = WAYS[way](group, outer, mean)
+        part = NullPart(0, shapes)
+        steps = {"serial": lambda: _serial(alone, part), "engine": lambda: aggregator.update(outer.steps)}
+        times = measure.in_turns(steps, rounds + 1)
+    return Measured(way, preset, sum(value.nbytes for value in start), actors,
+                    [max(0.0, engine - serial) for engine, serial in zip(times["engine"][1:], times["serial"][1:], strict=True)])
+
+
+def _outer(start: Sequence[Tensor]) -> OuterOptimizer:
+    return OuterOptimizer(*start, lr_x=1e-4, lr_y=1e-4, decay_updates=1000)
+
+
+def _serial(outer: OuterOptimizer, part: NullPart) -> None:
+    outer.step(*mean([part.contribute(outer.steps, *outer.values)]).gradients)
+
+
+def report(measured: Sequence[Measured], models: dict[str, Overhead], update: float) -> str:
+    """A table of the overheads, the fits, and what they mean for updates of `update` seconds of work."""
+    lines = ["| update without compute | X_s and Y_s | actors | milliseconds beyond the serial one: median (least-most) | fitted |",
+             "| --- | ---: | ---: | --- | ---: |"]
+    for one in measured:
+        fitted = models[one.way].seconds(one.size, one.actors)
+        milliseconds = measure.spread([1e3 * seconds for seconds in one.seconds])
+        lines.append(f"| {one.way}, {one.preset} | {one.size / 1e6:.0f} MB | {one.actors} | {milliseconds} | {1e3 * fitted:.3g} |")
+    lines += ["", *(f"fit      {way}: {1e3 * fit.start:.3g} ms + {1e3 * fit.actor:.3g} ms an actor + {1e9 * fit.byte:.3g} ms a MB + "
+                    f"{1e9 * fit.byte_actor:.3g} ms a MB and actor" for way, fit in models.items())]
+    size = measured[0].size
+    lines += ["", f"| actors, {size / 1e6:.0f} MB, {update:.3g} s of work each | " + " | ".join(models) + " |",
+              "| ---: |" + " ---: |" * len(models)]
+    for actors in (1, 2, 4, 8, 16, 64):
+        shares = (update / (update + fit.seconds(size, actors)) for fit in models.values())
+        lines.append(f"| {actors} | " + " | ".join(f"{100 * share:.1f} %" for share in shares) + " |")
+    return "\n".join(lines)
