@@ -142,9 +142,20 @@ class DistilledSet:
                                 f"checkpoint") from None
 
 
+HEADER = 10_000_000
+"""the most bytes that the header of a .safetensors file may have: names and metadata"""
+
+
 def read_safetensors(uri: str | Path, load: Callable[[bytes], dict[str, Any]] = safetensors.numpy.load
                      ) -> tuple[dict[str, Any], dict[str, str]]:
-    """All tensors of a .safetensors file, as `load` makes them of its bytes, and its metadata. Raises ArtifactError when it is damaged."""
+    """All tensors of a .safetensors file, as `load` makes them of its bytes, and its metadata.
+
+    Raises ArtifactError when it is damaged, or when its header is longer than any of ours: then it is not read at all.
+    """
+    length = int.from_bytes(storage.read_start(uri, 8), "little")
+    if length > HEADER:
+        raise ArtifactError(f"{uri} begins with a header of {storage.in_words(length)}, as it says: it is no safetensors file, or one that "
+                            f"was made to exhaust memory; do not use it")
     payload = storage.read_whole(uri)
     try:
         tensors = load(payload)

@@ -68,6 +68,18 @@ def read_whole(uri: str | Path) -> bytes:
         raise StorageError(f"cannot read {uri}: {error}") from error
 
 
+def read_start(uri: str | Path, count: int) -> bytes:
+    """A file's first bytes, at most `count`. Raises what `read_whole` raises."""
+    try:
+        system, name = _open(uri)
+        with system.open_input_stream(name) as stream:
+            return stream.read(count)
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(f"cannot read {uri}: {error}") from error
+
+
 def digest(uri: str | Path) -> str:
     """Hash of a file's content: 16 hex digits. Raises what `read_whole` raises."""
     return hashlib.sha256(read_whole(uri)).hexdigest()[:16]
