@@ -188,12 +188,12 @@ class Rooms:
         self._held, self._lock = 0, threading.Lock()
 
     @contextmanager
-    def take(self, *, stop: threading.Event | None = None, patience: float = 0,
+    def take(self, *, stop: Callable[[], bool] = lambda: False, patience: float = 0,
              say: Callable[[str], None] | None = None) -> Iterator[PlacementGroup]:
         """One run's room, bundle g for its process g. Waits for it, and says so, as long as a run of this job holds room that it
         will leave, or a cluster that grows is waited for.
 
-        stop: when set, the wait ends in KeyboardInterrupt. patience: seconds that a cluster which has just lost a host has to
+        stop: when true, the wait ends in KeyboardInterrupt. patience: seconds that a cluster which has just lost a host has to
         replace it, before it counts as too small.
 
         Raises ClusterError when nothing will make room: nodes are too few or too small, or too busy with other things.
@@ -202,7 +202,7 @@ class Rooms:
             self._refuse_if_small()
         group = placement_group(self._bundles, strategy="PACK")
         try:
-            self._wait_for(group, stop or threading.Event(), patience, say or _print)
+            self._wait_for(group, stop, patience, say or _print)
             try:
                 yield group
             finally:
@@ -210,12 +210,12 @@ class Rooms:
         finally:
             remove_placement_group(group)
 
-    def _wait_for(self, group: PlacementGroup, stop: threading.Event, patience: float, say: Callable[[str], None]) -> None:
+    def _wait_for(self, group: PlacementGroup, stop: Callable[[], bool], patience: float, say: Callable[[str], None]) -> None:
         began = time.monotonic()
         say_at = began + min(FIRST_LINE, self._deadline)
         while not group.wait(1):
             now = time.monotonic()
-            if stop.is_set():
+            if stop():
                 raise KeyboardInterrupt
             queued = self._held > 0
             if queued:

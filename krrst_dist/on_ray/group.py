@@ -8,7 +8,6 @@ an actor arrives as itself.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -35,14 +34,14 @@ PINNED = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"
 class WorkerGroup:
     """G actors that host S shards, shard s on actor s mod G. Use as a context manager: the actors end with the block.
 
-    threads: CPU threads, and CPUs asked of Ray, an actor; gpus: GPUs an actor. stop: when set (by another thread), waits
-    end in KeyboardInterrupt. room: where the actors go, one to a bundle (`cluster.Rooms`); None: wherever Ray finds room, and waits for
-    it. say: told what a start that takes long is waiting for.
+    threads: CPU threads, and CPUs asked of Ray, an actor; gpus: GPUs an actor. stop: asked once a second; when true, waits end in
+    KeyboardInterrupt. room: where the actors go, one to a bundle (`cluster.Rooms`); None: wherever Ray finds room, and waits for it.
+    say: told what a start that takes long is waiting for.
     """
 
-    def __init__(self, *, shards: int, actors: int, threads: int, gpus: float = 0, stop: threading.Event | None = None,
+    def __init__(self, *, shards: int, actors: int, threads: int, gpus: float = 0, stop: Callable[[], bool] | None = None,
                  room: PlacementGroup | None = None, say: Callable[[str], None] | None = None) -> None:
-        self.actors, self._threads, self._stop = actors, threads, stop or threading.Event()
+        self.actors, self._threads, self._stop = actors, threads, stop or (lambda: False)
         self._room, self._say = room, say or (lambda line: None)
         self._shards = [range(g, shards, actors) for g in range(actors)]
         self._hosts: list[Host] = []
@@ -100,7 +99,7 @@ class WorkerGroup:
         while pending:
             ready, _ = ray.wait(list(pending), timeout=1.0)
             now = time.monotonic()
-            if self._stop.is_set():
+            if self._stop():
                 raise KeyboardInterrupt
             for reference in ready:
                 answers[reference] = self._get(reference, pending.pop(reference), silence)
