@@ -197,6 +197,9 @@ class EngineSettings(Settings):
 
     actors: Annotated[Positive, tyro.conf.arg(aliases=("--actors",))] = 1
     """G, processes that host the shards (at most `shards` of them)"""
+    min_actors: Positive | None = None
+    """with how few a run starts, or goes on when hosts leave, rather than wait for all; it returns to all when hosts join.
+    Default: all"""
     threads: Positive = 1
     """CPU threads of one actor"""
     gpus: Annotated[float, Field(ge=0)] = 0
@@ -246,6 +249,9 @@ class Config(Settings):
                 f"engine.actors = {self.engine.actors} exceeds distill.shards = {self.distill.shards}: an actor "
                 f"hosts at least one shard; take actors <= shards, or raise shards (which changes the result)"
             )
+        if (self.engine.min_actors or 0) > self.engine.actors:
+            raise ValueError(f"engine.min_actors = {self.engine.min_actors} exceeds engine.actors = {self.engine.actors}, the number that "
+                             f"is wanted; take min_actors <= actors")
         return self
 
     def trajectory(self) -> dict[str, Any]:
@@ -255,9 +261,9 @@ class Config(Settings):
         updates, how it is laid out, what is evaluated in the end.
         """
         flat = flatten(self.model_dump(mode="json", exclude={"preset": True, "repeats": True, "evaluate": {"probe"}}))
-        harmless = {"distill.updates", "distill.decay_updates", "engine.actors", "engine.gpus", "engine.checkpoint_every", "engine.keep",
-                    "evaluate.datasets", "evaluate.few_labels", "evaluate.every", "target.checkpoint", "target.workers",
-                    "target.checkpoint_every", "target.probe_every"}
+        harmless = {"distill.updates", "distill.decay_updates", "engine.actors", "engine.min_actors", "engine.gpus",
+                    "engine.checkpoint_every", "engine.keep", "evaluate.datasets", "evaluate.few_labels", "evaluate.every",
+                    "target.checkpoint", "target.workers", "target.checkpoint_every", "target.probe_every"}
         return {key: value for key, value in flat.items() if key not in harmless}
 
     def distillation(self) -> dict[str, Any]:

@@ -6,33 +6,27 @@ Every run ends exactly where the serial loop does. Runs on a cluster of its own.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import engine_parts
 import pytest
 import ray
-import torch
-from engine_parts import Parts, config, serial
+import running
+from engine_parts import config
 
-from krrst_dist.config import Config
 from krrst_dist.on_ray import coordinator, group, patience
-from krrst_dist.on_ray.aggregate import Update
-from krrst_dist.on_ray.coordinator import Coordinator, Outcome
-from krrst_dist.on_ray.heartbeat import Beat
 from krrst_dist.on_ray.progress import Record
-from krrst_dist.on_ray.stopping import Stop, Stopped
+from krrst_dist.on_ray.stopping import Stopped
 from krrst_dist.storage import StorageError
 
 ray.cloudpickle.register_pickle_by_value(engine_parts)
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+ray.cloudpickle.register_pickle_by_value(running)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,56 +45,6 @@ def in_short(monkeypatch) -> None:
     monkeypatch.setattr(coordinator, "PAUSES", (0.1,) * 3)
 
 
-@dataclass(frozen=True)
-class Named(Parts):
-    """Shards that leave the number of their process in a folder."""
-
-    folder: str = ""
-
-    def __call__(self, shard: int):
-        Path(self.folder, f"process-of-{shard}").write_text(str(os.getpid()))
-        return super().__call__(shard)
-
-
-class Running:
-    """A run in a thread."""
-
-    def __init__(self, settings: Config, folder: Path, *, resume: bool = False) -> None:
-        folder.mkdir(exist_ok=True)
-        self.stop, self._folder, self._settings = Stop(), folder, settings
-        work = engine_parts.work(settings, build=Named(settings, slow=0.1, folder=str(folder)), measure=None)
-        self._run = Coordinator(settings, work, directory=str(folder), resume=resume, stop=self.stop)
-        self._end: Future[Outcome] = ThreadPoolExecutor(1).submit(self._run.run)
-
-    def process(self, shard: int) -> int:
-        """Which one hosts a shard."""
-        return int((self._folder / f"process-of-{shard}").read_text())
-
-    def until(self, step: int) -> None:
-        """Wait for the checkpoint of a step, of any incarnation."""
-        until(lambda: self._end.done() or any(self._folder.glob(f"checkpoints/step-{step:08d}-*/manifest.json")), f"checkpoint {step}")
-
-    def until_said(self, words: str) -> None:
-        """Wait until the run says something (its heart does)."""
-        until(lambda: self._end.done() or words in self._run._heart._beat.doing, words)
-
-    def end(self) -> Outcome:
-        """What it comes to."""
-        return self._end.result(timeout=180)
-
-    def ends_as_if_undisturbed(self) -> None:
-        outcome, (x_syn, y_syn) = self.end(), serial(self._settings)
-        assert torch.equal(outcome.values[0], x_syn) and torch.equal(outcome.values[1], y_syn)
-        assert [step for step, _ in outcome.outer] == list(range(1, self._settings.distill.updates + 1))
-
-
-def until(true: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 90
-    while not true():
-        assert time.monotonic() < deadline, f"not within 90 s: {what}"
-        time.sleep(0.02)
-
-
 class Outage:
     """Storage of a run that refuses everything: a file is where the folder of its checkpoints was."""
 
@@ -114,9 +58,9 @@ class Outage:
         self._aside.rename(self._there)
 
 
-def test_a_run_goes_on_when_storage_that_refused_its_checkpoint_works_again(tmp_path, capsys):
-    run = Running(config(actors=2, updates=16), tmp_path)
-    run.until(4)
+def test_a_run_goes_on_when_storage_that_refused_its_checkpoint_works_again(start, tmp_path, capsys):
+    run = start(config(actors=2, updates=16))
+    run.until_step(4)
     outage = Outage(tmp_path)
     run.until_said("trying again for up to 600 s")
     time.sleep(2)  # several tries
@@ -124,36 +68,35 @@ def test_a_run_goes_on_when_storage_that_refused_its_checkpoint_works_again(tmp_
     run.ends_as_if_undisturbed()
     said = [line for line in capsys.readouterr().out.splitlines() if "cannot " in line or "storage works" in line]
     assert len(said) == 2 and "checkpoints" in said[0] and "storage works again, after" in said[1]
-    assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step-*"))] == [f"step-{n:08d}-1" for n in (8, 12, 16)]
+    assert run.checkpoints() == [(8, 1), (12, 1), (16, 1)]
 
 
-def test_an_actor_killed_while_storage_refuses_costs_nothing_but_time(tmp_path, capsys):
-    run = Running(config(actors=2, updates=16), tmp_path)
-    run.until(4)
+def test_an_actor_killed_while_storage_refuses_costs_nothing_but_time(start, tmp_path):
+    run = start(config(actors=2, updates=16))
+    run.until_step(4)
     outage = Outage(tmp_path)
     run.until_said("trying again")
     os.kill(run.process(1), signal.SIGKILL)
-    until(lambda: "was lost" in capsys.readouterr().out, "the loss is noticed")
-    run.until_said("trying again")  # its checkpoints are out of reach
+    run.until_said("no checkpoint is there")
     outage.over()
     run.ends_as_if_undisturbed()
-    assert list(tmp_path.glob("checkpoints/step-00000016-2/manifest.json"))
+    assert run.checkpoints()[-1] == (16, 2)
 
 
-def test_storage_that_refuses_for_too_long_ends_the_run_with_the_last_checkpoint_which_is_gone_on_from(tmp_path, monkeypatch):
+def test_storage_that_refuses_for_too_long_ends_the_run_with_the_last_checkpoint_which_is_gone_on_from(start, tmp_path, monkeypatch):
     monkeypatch.setattr(patience, "PATIENCE", 1)
-    run = Running(config(actors=2), tmp_path)
-    run.until(4)
+    run = start(config(actors=2))
+    run.until_step(4)
     outage = Outage(tmp_path)
     with pytest.raises(StorageError, match=r"checkpoints.*\(tried again for 1 s\); the last good checkpoint is .*-1, go on with --resume"):
         run.end()
     outage.over()
-    Running(config(actors=1), tmp_path, resume=True).ends_as_if_undisturbed()
+    start(config(actors=1), resume=True).ends_as_if_undisturbed()
 
 
-def test_a_stop_while_storage_refuses_ends_the_wait_at_once_and_says_what_is_lost(tmp_path, capsys):
-    run = Running(config(actors=2), tmp_path)
-    run.until(4)
+def test_a_stop_while_storage_refuses_ends_the_wait_at_once_and_says_what_is_lost(start, tmp_path, capsys):
+    run = start(config(actors=2))
+    run.until_step(4)
     outage = Outage(tmp_path)
     run.until_said("trying again")
     asked = time.monotonic()
@@ -163,7 +106,54 @@ def test_a_stop_while_storage_refuses_ends_the_wait_at_once_and_says_what_is_los
     assert time.monotonic() - asked < 10 and stopped.value.status == 130
     assert "the updates since the last checkpoint are lost" in capsys.readouterr().out
     outage.over()
-    Running(config(actors=2), tmp_path, resume=True).ends_as_if_undisturbed()
+    start(config(actors=2), resume=True).ends_as_if_undisturbed()
+
+
+def test_an_actor_that_is_stopped_for_a_while_is_waited_for(start):
+    run = start(config(actors=2, updates=16))
+    run.until_step(4)
+    os.kill(run.process(1), signal.SIGSTOP)
+    time.sleep(4)
+    os.kill(run.process(1), signal.SIGCONT)
+    run.ends_as_if_undisturbed()
+    assert run.checkpoints()[-1] == (16, 1)
+
+
+def test_an_actor_that_is_stopped_for_too_long_is_replaced_and_never_writes_again(start, monkeypatch, capsys):
+    monkeypatch.setattr(group, "_PULSE", 0.5)
+    monkeypatch.setattr(group, "DEAF", 3)
+    run = start(config(actors=2, updates=16))
+    run.until_step(4)
+    stopped = run.process(1)
+    os.kill(stopped, signal.SIGSTOP)
+    run.until(lambda: run.process(1) != stopped, "another process")
+    with pytest.raises(ProcessLookupError):
+        os.kill(stopped, signal.SIGCONT)
+    run.ends_as_if_undisturbed()
+    assert run.checkpoints()[-1] == (16, 2)
+    assert re.search(rf"actor 1 with shard.s. 1 on \S+ \(process {stopped}\) has not answered for 3 s: it has", capsys.readouterr().out)
+
+
+def test_two_actors_killed_at_once_are_one_failure(start, capsys):
+    run = start(config(actors=2, updates=16))
+    run.until_step(4)
+    for shard in (0, 1):
+        os.kill(run.process(shard), signal.SIGKILL)
+    run.ends_as_if_undisturbed()
+    assert capsys.readouterr().out.count("was lost") == 1 and run.checkpoints()[-1] == (16, 2)
+
+
+def test_an_actor_and_the_driver_killed_at_once_are_gone_on_from_by_another_driver(cluster, start, tmp_path):
+    command = [sys.executable, running.__file__, str(tmp_path), cluster]
+    driver = subprocess.Popen(command, env=os.environ | {"RAY_AUTH_MODE": "token"})
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("checkpoints/step-00000004-1/manifest.json")):
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(int((tmp_path / "process-of-1").read_text()), signal.SIGKILL)
+    driver.kill()
+    driver.wait()
+    start(config(actors=2, updates=16), resume=True).ends_as_if_undisturbed()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")

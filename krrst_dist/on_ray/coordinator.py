@@ -22,8 +22,8 @@ from krrst_dist.artifacts import ArtifactError
 from krrst_dist.config import Config, ConfigError
 from krrst_dist.on_ray.aggregate import Aggregator, ObjectStoreAggregator
 from krrst_dist.on_ray.checkpoint import Checkpoint, Facts
-from krrst_dist.on_ray.cluster import ClusterError, Rooms
-from krrst_dist.on_ray.errors import EngineError, LostActor, TakenOverError
+from krrst_dist.on_ray.cluster import ClusterError, Room, Rooms
+from krrst_dist.on_ray.errors import EngineError, LostActor, Moved, TakenOverError
 from krrst_dist.on_ray.group import START, WorkerGroup
 from krrst_dist.on_ray.heartbeat import Heartbeat
 from krrst_dist.on_ray.patience import patiently
@@ -91,7 +91,8 @@ class Coordinator:
         self._config, self._work = config, work
         self._data = data or {}
         self._directory, self._resume, self._stop = directory, resume, stop or Stop()
-        self._rooms = rooms or Rooms(config.engine.threads, config.engine.gpus, config.engine.actors)
+        self._rooms = rooms or Rooms(config.engine.threads, config.engine.gpus, config.engine.actors,
+                                     at_least=config.engine.min_actors)
         self._prefix = f"{name}: " if name else ""
         self._checkpoints = checkpoints_of(config, directory)
         self._heart = Heartbeat(directory, updates=config.distill.updates)
@@ -163,10 +164,12 @@ class Coordinator:
         return outcome
 
     def _despite_failures(self) -> Outcome:
-        failures, saved = 0, -1
+        failures, saved, first = 0, -1, True
         while True:
             try:
-                return self._attempt(first=failures == 0)
+                return self._attempt(first=first)
+            except Moved as moved:
+                self._say(f"{moved}; going on from {self._last}")
             except ClusterError as error:
                 if self._last is not None:
                     error.args = (f"{error}; {self._how_to_go_on()}",)
@@ -180,14 +183,16 @@ class Coordinator:
                 self._say(f"{lost}; fresh actors go on from {self._last or 'the beginning'}")
                 if self._stop.soon.wait(PAUSES[failures - 1]):
                     raise KeyboardInterrupt from None
+            first = False
 
     def _attempt(self, *, first: bool) -> Outcome:
         """All updates that are left, with one set of actors."""
         config = self._config
         replace, patience = (0, 0) if first else (REPLACE, None)
+        self._unsaved = False  # what was done since the last checkpoint went with the actors before
         with self._rooms.take(stop=self._must_end, patience=replace, say=self._say) as room, WorkerGroup(
-                shards=config.distill.shards, actors=config.engine.actors, threads=config.engine.threads, gpus=config.engine.gpus,
-                stop=self._must_end, room=room, say=self._say) as group:
+                shards=config.distill.shards, actors=room.actors, threads=config.engine.threads, gpus=config.engine.gpus,
+                stop=self._must_end, room=room.group, say=self._say) as group:
             self._patiently(self._claim, patience)
             try:
                 hosts = group.start()
@@ -202,7 +207,7 @@ class Coordinator:
             outer, restored = self._patiently(lambda: self._restore(group), patience)
             record = Record(self._directory, start=outer.steps if restored else None)
             try:
-                return self._loop(group, outer, record, restored=restored)
+                return self._loop(group, outer, record, restored=restored, room=room)
             except ArithmeticError as error:
                 error.args = (f"{error}; {self._how_to_begin_anew()}",)
                 raise
@@ -212,7 +217,7 @@ class Coordinator:
             finally:
                 record.close()
 
-    def _loop(self, group: WorkerGroup, outer: Outer, record: Record, *, restored: bool) -> Outcome:
+    def _loop(self, group: WorkerGroup, outer: Outer, record: Record, *, restored: bool, room: Room) -> Outcome:
         updates, every = self._config.distill.updates, self._config.evaluate.every
         aggregator = ObjectStoreAggregator(group, outer, self._work.combine)
         if not restored:
@@ -229,9 +234,11 @@ class Coordinator:
                 record.update(done, update, lr=lr)
                 self._heart.update(done, update.total)
                 line.show(done, f"loss {update.contribution.loss:.4g}" + (f"  held-out {record.held_out:.4g}" if record.held_out else ""))
-                asked, measured = self._stop.soon.is_set(), done % every == 0 or done == updates
-                if done % self._config.engine.checkpoint_every == 0 or measured or asked:  # before measuring, which may take long
+                asked, notice, measured = self._stop.soon.is_set(), group.notice(), done % every == 0 or done == updates
+                if done % self._config.engine.checkpoint_every == 0 or measured or asked or notice:  # before measuring, which may take long
                     self._save(group, aggregator, record, step=done)
+                    if done < updates and not asked and (notice or room.has_grown()):
+                        raise Moved(notice or f"there is room for more than {room.actors} actors now")
                 if asked:
                     raise KeyboardInterrupt
                 if measured:

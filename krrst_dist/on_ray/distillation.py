@@ -52,7 +52,7 @@ def distil(config: Config, cache: Cache, beton: Path, targets: Path | None, out:
     wait: for room in a cluster that grows. Raises ClusterError where there is no room for a single one, and whatever `Coordinator` does.
     """
     engine, stop = config.engine, Stop()
-    rooms = cluster.Rooms(engine.threads, engine.gpus, engine.actors, wait=wait)
+    rooms = cluster.Rooms(engine.threads, engine.gpus, engine.actors, at_least=engine.min_actors, wait=wait)
 
     def one(seed: int) -> Distilled:
         if stop.soon.is_set():

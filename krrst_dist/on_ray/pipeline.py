@@ -52,7 +52,7 @@ def run_stages(config: Config, places: Places, *, resume: bool = False, wait: bo
     if until != "prepare":
         with clock("start Ray"):
             cluster.connect()
-            cluster.require(config.engine.threads, config.engine.gpus, config.engine.actors, wait=wait)
+            cluster.require(config.engine.threads, config.engine.gpus, config.engine.min_actors or config.engine.actors, wait=wait)
 
     with clock("prepare"):
         betons = _prepare(config, places, images, until=until, wait=wait, on_bad_image=on_bad_image)
