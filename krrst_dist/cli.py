@@ -129,7 +129,8 @@ WITH_RESUME = "the same command with --resume"
 
 
 def guarded(work: Callable[[], int | None], *, again: str = WITH_RESUME) -> int:
-    """Run a command; an error that a user can mend is one sentence and status 1 (Ctrl-C: 130), not a traceback.
+    """Run a command; an error that a user can mend is one sentence and status 1 (Ctrl-C: 130; a distillation that
+    SIGTERM has ended in order: 0), not a traceback.
 
     again: what goes on with a command that was stopped.
     """
@@ -140,13 +141,13 @@ def guarded(work: Callable[[], int | None], *, again: str = WITH_RESUME) -> int:
     except (ValueError, ArithmeticError, OSError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print(f"stopped; checkpoints are kept: {again} goes on", file=sys.stderr)
         if "ray" in sys.modules:
             from krrst_dist.on_ray import cluster
 
             cluster.leave()
-        return 130
+        return getattr(stopped, "status", 130)
 
 
 def _stage(name: Literal["prepare", "target", "distill", "evaluate"]) -> Callable[[list[str]], int | None]:

@@ -197,6 +197,9 @@ class EngineSettings(Settings):
 
     actors: Annotated[Positive, tyro.conf.arg(aliases=("--actors",))] = 1
     """G, processes that host the shards, or slices of them where a method has `slices` (at most one for each)"""
+    min_actors: Positive | None = None
+    """with how few a run starts, or goes on when hosts leave, rather than wait for all; it returns to all when hosts join.
+    Default: all"""
     threads: Positive = 1
     """CPU threads of one actor"""
     gpus: Annotated[float, Field(ge=0)] = 0
@@ -249,14 +252,15 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _actors_have_shards(self) -> Config:
-        slices = getattr(self.distill, "slices", 1)
-        if self.engine.actors > self.distill.shards * slices:
-            sliced = f" and distill.slices = {slices}" if hasattr(self.distill, "slices") else ""
-            remedy = "or raise slices (which changes rounding) or shards" if sliced else "or raise shards"
-            raise ValueError(
-                f"engine.actors = {self.engine.actors} exceeds what distill.shards = {self.distill.shards}{sliced} give work to: an actor "
-                f"hosts at least one shard or slice of one; take fewer actors, {remedy} (which changes the result)"
-            )
+        slices = getattr(self.distill, "slices", None)
+        if self.engine.actors > self.distill.shards * (slices or 1):
+            parts, other = ("distill.shards", "") if slices is None else ("distill.shards * distill.slices", ", or a slice of one")
+            remedy = "" if slices is None else "slices (which changes rounding) or "
+            raise ValueError(f"engine.actors = {self.engine.actors} exceeds {parts} = {self.distill.shards * (slices or 1)}: an actor "
+                             f"hosts at least one shard{other}; take fewer actors, or raise {remedy}shards (which changes the result)")
+        if (self.engine.min_actors or 0) > self.engine.actors:
+            raise ValueError(f"engine.min_actors = {self.engine.min_actors} exceeds engine.actors = {self.engine.actors}, the number that "
+                             f"is wanted; take min_actors <= actors")
         return self
 
     def trajectory(self) -> dict[str, Any]:
@@ -266,7 +270,7 @@ class Config(Settings):
         updates, how it is laid out, what is evaluated in the end.
         """
         flat = flatten(self.model_dump(mode="json", exclude={"preset": True, "repeats": True, "evaluate": {"probe"}}))
-        harmless = {"distill.updates", "distill.decay_updates", "engine.actors", "engine.gpus", "engine.aggregate",
+        harmless = {"distill.updates", "distill.decay_updates", "engine.actors", "engine.min_actors", "engine.gpus", "engine.aggregate",
                     "engine.checkpoint_every", "engine.keep", "evaluate.datasets", "evaluate.few_labels", "evaluate.every",
                     "target.checkpoint", "target.workers", "target.checkpoint_every", "target.probe_every"}
         return {key: value for key, value in flat.items() if key not in harmless}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,6 +21,11 @@ for name in ("RAY_ADDRESS", "KRRST_STORAGE", "KRRST_COMMIT", "KRRST_DIRTY"):
 import pytest  # noqa: E402
 import ray  # noqa: E402
 import torch  # noqa: E402
+
+if TYPE_CHECKING:
+    from running import Running
+
+    from krrst_dist.config import Config
 
 torch.set_num_threads(1)
 STATUS = pytest.StashKey[int]()
@@ -57,6 +63,22 @@ def ray_cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, object_store_memory=300_000_000, include_dashboard=False, logging_level="warning")
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """Starts runs of the engine in `tmp_path`; those that still run when the test ends are stopped."""
+    from running import Running
+
+    runs = []
+
+    def started(settings: Config, *, resume: bool = False) -> Running:
+        runs.append(Running(settings, tmp_path, resume=resume))
+        return runs[-1]
+
+    yield started
+    for run in runs:
+        run.insist()
 
 
 @pytest.fixture

@@ -20,7 +20,9 @@ from krrst_dist.algorithm import ModelPool, OuterOptimizer, Shard, Slice, distil
 from krrst_dist.algorithm.contribution import mean
 from krrst_dist.config import Config, EngineSettings, EvaluateSettings, NetworkSettings, SourceSettings
 from krrst_dist.methods.krr_st import DistillSettings, PoolSettings
-from krrst_dist.on_ray.coordinator import Coordinator, Outcome, Work
+from krrst_dist.on_ray.coordinator import Coordinator
+from krrst_dist.on_ray.stopping import Stopped
+from krrst_dist.on_ray.work import Outcome, Work
 
 M, K, RESOLUTION, BATCH = 12, 6, 8, 24
 SCALE = torch.tensor([0.2, 0.25, 0.3])[:, None, None]
@@ -128,4 +130,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     ray.init(address=address, logging_level="warning", log_to_driver=False)
     settings = config(updates=int(updates), checkpoint_every=3)
-    run(settings, directory, build=Parts(settings, slow=0.02), resume=True)
+    try:
+        run(settings, directory, build=Parts(settings, slow=0.02), resume=True)
+    except Stopped as stopped:
+        sys.exit(stopped.status)

@@ -96,7 +96,7 @@ def test_an_unknown_flag_is_refused_with_the_nearest_one(capsys):
     (["--updates", "x"], "invalid literal for int() with base 10: 'x'"),
     (["--seed", "-1"], "error: seed = -1: input should be greater than or equal to 0"),
     (["--shards", "3"], "batch = 1024 is not a multiple of shards = 3"),
-    (["--actors", "2"], "error: engine.actors = 2 exceeds distill.shards = 1"),
+    (["--actors", "2"], "error: engine.actors = 2 exceeds distill.shards * distill.slices = 1"),
     (["--distill.pool.reset", "papr"], "invalid choice 'papr' for argument '--distill.pool.reset'. Expected one of ('paper', 'released')"),
 ])
 def test_a_value_that_does_not_fit_is_refused_with_status_2(capsys, flags, complaint):

@@ -25,8 +25,8 @@ PUBLISHED = {  # METHOD 5: data set, resolution, m, widths, target, k, learning 
 }
 HARMLESS = {"preset", "repeats", "target.checkpoint", "target.workers", "target.checkpoint_every", "target.probe_every", "distill.updates",
             "distill.decay_updates", "evaluate.datasets", "evaluate.few_labels", "evaluate.every", "evaluate.probe.steps",
-            "evaluate.probe.batch", "evaluate.probe.lr", "evaluate.probe.momentum", "engine.actors", "engine.gpus",
-            "engine.checkpoint_every", "engine.keep"}
+            "evaluate.probe.batch", "evaluate.probe.lr", "evaluate.probe.momentum", "engine.actors", "engine.min_actors",
+            "engine.gpus", "engine.aggregate", "engine.checkpoint_every", "engine.keep"}
 FIELDS = settings(load_preset("imagenet64"))
 
 
@@ -100,8 +100,8 @@ def test_settings_are_frozen_and_travel():
     ({"target": 3}, "target = 3: input should be a valid dictionary or instance of TargetSettings"),
     ({"distill.shards": 3}, "distill.batch = 1024 is not a multiple of shards = 3: every shard reads batch / shards images; "
                             "take batch = 1023"),
-    ({"engine.actors": 2}, "engine.actors = 2 exceeds distill.shards = 1: an actor hosts at least one shard; "
-                           "take actors <= shards, or raise shards (which changes the result)"),
+    ({"engine.actors": 2}, "engine.actors = 2 exceeds distill.shards * distill.slices = 1: an actor hosts at least one shard, or a slice "
+                           "of one; take fewer actors, or raise slices (which changes rounding) or shards (which changes the result)"),
 ])
 def test_a_setting_that_cannot_be_used_is_refused_with_field_value_and_rule(overrides, complaint):
     with pytest.raises(ConfigError) as refused:
@@ -210,6 +210,9 @@ def test_a_change_is_harmless_or_makes_another_run(field):
     changed[field] = another_value(field, FIELDS[field])
     if field == "engine.actors":  # needs shards to host
         config, changed = load_preset("imagenet64", **{"distill.shards": 2}), changed | {"distill.shards": 2}
+    if field == "engine.min_actors":  # of as many
+        two = {"distill.shards": 2, "engine.actors": 2}
+        config, changed = load_preset("imagenet64", **two), changed | two
     other = unflattened(changed)
     assert other != config
     differing = {key for key, value in other.trajectory().items() if value != config.trajectory()[key]}
@@ -217,8 +220,8 @@ def test_a_change_is_harmless_or_makes_another_run(field):
 
 
 @pytest.mark.parametrize("field, counts", [
-    ("seed", False), ("engine.threads", False), ("evaluate.networks", False), ("engine.gpus", False), ("engine.precision", True),
-    ("distill.updates", True), ("distill.m", True), ("target.steps", True)])
+    ("seed", False), ("engine.threads", False), ("evaluate.networks", False), ("engine.gpus", False), ("distill.slices", False),
+    ("engine.precision", True), ("distill.updates", True), ("distill.m", True), ("target.steps", True)])
 def test_sets_are_told_apart_by_what_they_depend_on(field, counts):
     config, other = load_preset("imagenet64"), unflattened(FIELDS | {field: another_value(field, FIELDS[field])})
     assert (other.distillation() != config.distillation()) == counts

@@ -30,7 +30,9 @@ from krrst_dist.on_ray.assembly import Assembly
 from krrst_dist.on_ray.coordinator import Coordinator
 from krrst_dist.on_ray.errors import EngineError, LostActor
 from krrst_dist.on_ray.group import WorkerGroup
+from krrst_dist.on_ray.heartbeat import Beat
 from krrst_dist.on_ray.sliced import Layout
+from krrst_dist.on_ray.stopping import Stop, Stopped
 
 ray.cloudpickle.register_pickle_by_value(engine_parts)
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -340,20 +342,20 @@ def test_a_real_measurement_tells_of_its_steps_and_of_its_divergence():
 
 
 def test_a_run_in_a_thread_can_be_stopped(cluster, tmp_path):
-    settings, stop, seen = config(updates=100_000), threading.Event(), []
+    settings, stop, seen = config(updates=100_000), Stop(), []
 
     def target() -> None:
         try:
             Coordinator(settings, engine_parts.work(settings), directory=str(tmp_path), stop=stop).run()
-        except SystemExit as end:
-            seen.append(end.code)
+        except Stopped as end:
+            seen.append(end.status)
 
     thread = threading.Thread(target=target)
     thread.start()
     _wait_for(tmp_path, after=0)
-    stop.set()
+    stop.ask()
     thread.join(timeout=30)
-    assert seen == [130]
+    assert seen == [130] and Beat.read(str(tmp_path)).step == _newest(tmp_path) > 0
 
 
 def test_a_run_stopped_and_killed_at_random_moments_ends_as_if_undisturbed(cluster, tmp_path):
@@ -370,8 +372,9 @@ def test_a_run_stopped_and_killed_at_random_moments_ends_as_if_undisturbed(clust
         if how == signal.SIGKILL:
             assert driver.returncode == -signal.SIGKILL
         else:
-            assert driver.returncode == 130, output
-            assert "go on with --resume" in output
+            assert driver.returncode == {signal.SIGINT: 130, signal.SIGTERM: 0}[how], output
+            assert "stopping: the update" in output and f"step-{_newest(tmp_path):08d}" in output and "go on with --resume" in output
+            assert Beat.read(str(tmp_path)).step == _newest(tmp_path)  # no update is lost
         steps.append(_newest(tmp_path))
     assert steps == sorted(set(steps)) and steps[-1] < 60
     settings = config(updates=60, actors=2)  # instead of one

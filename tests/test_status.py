@@ -14,6 +14,7 @@ from pathlib import Path
 import engine_parts
 import pytest
 import ray
+import requests
 
 from krrst_dist import cli
 from krrst_dist.artifacts import ArtifactError
@@ -169,3 +170,17 @@ def test_a_run_that_fails_says_why(ray_cluster, tmp_path):
         engine_parts.run(settings, tmp_path)
     beat = Beat.read(str(tmp_path))
     assert beat.state == "failed" and str(failed.value).partition(";")[0] in beat.doing
+
+
+def test_prometheus_is_told_of_a_run(ray_cluster, tmp_path):
+    engine_parts.run(engine_parts.config(updates=3, shards=1), tmp_path, measure=engine_parts.measure)
+    (node,) = ray.nodes()
+    address, wanted = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", {}
+    deadline = time.monotonic() + 60
+    while wanted.get("ray_krrst_checkpoint_step") != 3.0:
+        assert time.monotonic() < deadline, f"not told within 60 s: {wanted}"
+        time.sleep(1)
+        lines = (line for line in requests.get(address, timeout=10).text.splitlines() if f'run="{tmp_path}"' in line)
+        wanted = {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
+    assert wanted["ray_krrst_step"] == 3.0 and wanted["ray_krrst_images_total"] == 22 + 24 + 24
+    assert wanted["ray_krrst_update_seconds"] > 0 and wanted["ray_krrst_held_out_loss"] > 0 and "ray_krrst_failures_total" not in wanted

@@ -249,7 +249,8 @@ sys.exit(3 if "--fail" in sys.argv else 0)
 '''
 
 SLEEP = '''
-import time
+import signal, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 print("sleeping", flush=True)
 try:
     time.sleep(300)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from krrst_dist.algorithm import Contribution, Outer
 from krrst_dist.on_ray import sliced
-from krrst_dist.on_ray.group import START, WorkerGroup, patience
+from krrst_dist.on_ray.group import START, WorkerGroup, silence_allowed
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ObjectStoreAggregator:
     def update(self, step: int, *, last: bool = False) -> Update:
         """Do meta-update `step`: contributions in shard order, the outer step, the new values to the store."""
         started = time.perf_counter()
-        silence = patience(self._slowest)
+        silence = silence_allowed(self._slowest)
         if self._group.layout.spread:
             parts, train = sliced.contributions(self._group, step, self._shared, silence=silence)
         else:
@@ -120,7 +120,7 @@ class CollectiveAggregator:
     def update(self, step: int, *, last: bool = False) -> Update:
         """Do meta-update `step` in all actors at once."""
         started = time.perf_counter()
-        told = self._group.gather(self._group.ask("together", step, last), silence=patience(self._slowest))
+        told = self._group.gather(self._group.ask("together", step, last), silence=silence_allowed(self._slowest))
         total = time.perf_counter() - started
         self._slowest, self._shared = max(self._slowest, total), None
         self._outer.steps = step + 1

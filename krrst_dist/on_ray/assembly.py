@@ -30,7 +30,7 @@ from krrst_dist.evaluation.labelled import LabelledImages
 from krrst_dist.evaluation.probe import probes
 from krrst_dist.methods.common.protocol import Method, Part, Tensors
 from krrst_dist.methods.common.source import Source
-from krrst_dist.on_ray.coordinator import Work
+from krrst_dist.on_ray.work import Work
 from krrst_dist.recipes import pretrain_recipe
 
 RIDGE = 1e-6

@@ -16,18 +16,22 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.state import state
 from ray.exceptions import RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from krrst_dist.on_ray.errors import EngineError
 from krrst_dist.paths import PROJECT
 
+AT_ONCE = 5.0
+"""seconds in which a cluster gives room that it has"""
 FIRST_LINE, QUEUED = 5.0, 300.0
 """seconds until a wait is announced, and between the lines of a run that waits for another run of the same job"""
 
@@ -175,47 +179,78 @@ def require(cpus: int, gpus: float, actors: int, wait: bool = False, deadline_s:
         pass
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a run holds: room for `actors` processes, process g in bundle g of `group`. more: asked for, for those that it lacks."""
+
+    group: PlacementGroup
+    actors: int
+    more: Sequence[PlacementGroup] = ()
+
+    def has_grown(self) -> bool:
+        """Is there room, now, for more of the processes that the run wants?"""
+        return any(placement_group_table(each).get("state") == "CREATED" for each in self.more)
+
+
+@contextmanager
+def _placed(bundles: list[dict[str, float]]) -> Iterator[PlacementGroup]:
+    group = placement_group(bundles, strategy="PACK")
+    try:
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
 class Rooms:
     """Room on the cluster for the runs of one job, each with `actors` processes of `cpus` CPUs and `gpus` GPUs.
 
-    A run holds its room from before its actors start until it ends, so that no actor waits for one of another run. wait, deadline_s:
-    as in `require`. May be used by several threads.
+    A run holds its room from before its actors start until it ends, so that no actor waits for one of another run. at_least: processes
+    that a run starts with where there is no room for all; default: all. wait, deadline_s: as in `require`. May be used by several threads.
     """
 
-    def __init__(self, cpus: int, gpus: float, actors: int, *, wait: bool = False, deadline_s: float = 30) -> None:
-        self._cpus, self._gpus, self._actors, self._wait, self._deadline = cpus, gpus, actors, wait, deadline_s
-        self._bundles = [{"CPU": cpus} | ({"GPU": gpus} if gpus else {})] * actors
+    def __init__(self, cpus: int, gpus: float, actors: int, *, at_least: int | None = None, wait: bool = False,
+                 deadline_s: float = 30) -> None:
+        self._cpus, self._gpus, self._wanted, self._wait, self._deadline = cpus, gpus, actors, wait, deadline_s
+        self._actors = at_least or actors
+        self._bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
         self._held, self._lock = 0, threading.Lock()
 
     @contextmanager
-    def take(self, *, stop: threading.Event | None = None, patience: float = 0,
-             say: Callable[[str], None] | None = None) -> Iterator[PlacementGroup]:
-        """One run's room, bundle g for its process g. Waits for it, and says so, as long as a run of this job holds room that it
-        will leave, or a cluster that grows is waited for.
+    def take(self, *, stop: Callable[[], bool] = lambda: False, patience: float = 0,
+             say: Callable[[str], None] | None = None) -> Iterator[Room]:
+        """One run's room. Waits for it, and says so, as long as a run of this job holds room that it will leave, or a cluster that
+        grows is waited for.
 
-        stop: when set, the wait ends in KeyboardInterrupt. patience: seconds that a cluster which has just lost a host has to
+        stop: when true, the wait ends in KeyboardInterrupt. patience: seconds that a cluster which has just lost a host has to
         replace it, before it counts as too small.
 
         Raises ClusterError when nothing will make room: nodes are too few or too small, or too busy with other things.
         """
         if not (self._wait or self._held or patience):
             self._refuse_if_small()
-        group = placement_group(self._bundles, strategy="PACK")
-        try:
-            self._wait_for(group, stop or threading.Event(), patience, say or _print)
-            try:
-                yield group
-            finally:
-                self._count(-1)
-        finally:
-            remove_placement_group(group)
+        most = max(self._actors, min(self._wanted, capacity(cpus=self._cpus, gpus=self._gpus)))
+        for actors in range(most, self._actors - 1, -1):
+            with _placed([self._bundle] * actors) as group:
+                if actors == self._actors:
+                    self._wait_for(group, stop, patience, say or _print)
+                elif not group.wait(AT_ONCE):
+                    continue
+                else:
+                    self._count(1)
+                try:
+                    with ExitStack() as asked:
+                        more = [asked.enter_context(_placed([self._bundle])) for _ in range(self._wanted - actors)]
+                        yield Room(group, actors, more)
+                finally:
+                    self._count(-1)
+                return
 
-    def _wait_for(self, group: PlacementGroup, stop: threading.Event, patience: float, say: Callable[[str], None]) -> None:
+    def _wait_for(self, group: PlacementGroup, stop: Callable[[], bool], patience: float, say: Callable[[str], None]) -> None:
         began = time.monotonic()
         say_at = began + min(FIRST_LINE, self._deadline)
         while not group.wait(1):
             now = time.monotonic()
-            if stop.is_set():
+            if stop():
                 raise KeyboardInterrupt
             queued = self._held > 0
             if queued:
@@ -236,8 +271,9 @@ class Rooms:
         missing = self._actors - capacity(cpus=self._cpus, gpus=self._gpus)
         if missing > 0:
             raise ClusterError(f"{self} do not fit: the cluster lacks room for {missing} of them ({missing * self._cpus} CPUs and "
-                               f"{missing * self._gpus:g} GPUs); its nodes offer {_offered()}. Lower engine.actors, engine.threads or "
-                               f"engine.gpus (of a grid: cpus, gpus), add nodes, or pass --wait if the cluster grows by itself")
+                               f"{missing * self._gpus:g} GPUs); its nodes offer {_offered()}. Lower engine.actors (or engine.min_actors), "
+                               f"engine.threads or engine.gpus (of a grid: cpus, gpus), add nodes, or pass --wait if the cluster grows by "
+                               f"itself")
 
     def __str__(self) -> str:
         return f"{self._actors} actors of {self._cpus} CPUs and {self._gpus:g} GPUs each"
@@ -266,8 +302,9 @@ def _print(line: str) -> None:
 
 
 def _nodes() -> list[tuple[str, Mapping[str, float]]]:
-    """Address and resources of each node that lives."""
-    return [(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    """Address and resources of each node that lives and will not be taken away."""
+    leaving = state.get_draining_nodes()
+    return [(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
 
 
 def answer(reference: ray.ObjectRef) -> Any:

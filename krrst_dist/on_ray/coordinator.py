@@ -7,75 +7,38 @@ summed (`aggregate.py`), how actors are called (`group.py`) or what a checkpoint
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import TypeVar
 
 import ray
 import torch
 from torch import Tensor
 
 from krrst_dist import storage
-from krrst_dist.algorithm import Contribution, DivergedError, Outer
+from krrst_dist.algorithm import DivergedError, Outer
 from krrst_dist.artifacts import ArtifactError
 from krrst_dist.config import Config, ConfigError
 from krrst_dist.on_ray.aggregate import Aggregator, CollectiveAggregator, ObjectStoreAggregator
 from krrst_dist.on_ray.checkpoint import Checkpoint, Facts
-from krrst_dist.on_ray.cluster import ClusterError, Rooms
-from krrst_dist.on_ray.errors import EngineError, LostActor, TakenOverError
+from krrst_dist.on_ray.cluster import ClusterError, Room, Rooms
+from krrst_dist.on_ray.errors import EngineError, LostActor, Moved, TakenOverError
 from krrst_dist.on_ray.group import START, WorkerGroup
 from krrst_dist.on_ray.heartbeat import Heartbeat
-from krrst_dist.on_ray.progress import ProgressLine, Record, curve, read_history
+from krrst_dist.on_ray.metrics import Metrics
+from krrst_dist.on_ray.patience import patiently
+from krrst_dist.on_ray.progress import ProgressLine, Record
 from krrst_dist.on_ray.resume import check_resume, checkpoints_of, facts, nothing_readable
-from krrst_dist.on_ray.sliced import BuildSlice, Layout
-from krrst_dist.on_ray.worker import Build, Do, Host, Measure
+from krrst_dist.on_ray.sliced import Layout
+from krrst_dist.on_ray.stopping import INTERRUPTED, Stop, Stopped
+from krrst_dist.on_ray.work import Outcome, Work
+from krrst_dist.on_ray.worker import Host
 from krrst_dist.provenance import code_fingerprint
 
 PAUSES = (1.0, 10.0, 30.0)  # seconds before each new try after failures in a row without a new checkpoint; then the run stops
 REPLACE = 300.0  # seconds that a cluster has to replace a host that was lost
-INTERRUPTED = 130  # exit status after Ctrl-C
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run comes to: what is learned (X_s [m, C, H, W], Y_s [m, k]) after `updates` updates, and the losses on the way.
-
-    outer: (step, loss) of each update, counted from 1; held_out: (step, held-out ridge loss).
-    """
-
-    values: tuple[Tensor, ...]
-    updates: int
-    outer: list[tuple[int, float]]
-    held_out: list[tuple[int, float]]
-
-    @classmethod
-    def of(cls, outer: Outer, directory: str) -> Outcome:
-        """From the optimiser's end state and the run's table."""
-        history = read_history(directory)
-        return cls(outer.values, outer.steps, curve(history, "loss"), curve(history, "held_out"))
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a method gives the engine to do. All but `outer` and `combine` is called in the actors, and picklable.
-
-    outer: horizon of the learning rate's schedule -> the learned tensors at their start. build: shard index -> shard. combine: how the
-    shards' contributions make one. chores, do: what has to be computed once before shards can be built, and how. measure: (network
-    index, values, alive) -> held-out ridge loss; None: not measured. warm_up: signs of life that the shards' warm-up gives, about.
-    slices: P, how many actors can share a shard, where `slice` builds a further slice of one.
-    """
-
-    outer: Callable[[int], Outer]
-    build: Build
-    combine: Callable[[Sequence[Contribution]], Contribution]
-    chores: Sequence[str] = ()
-    do: Do | None = None
-    measure: Measure | None = None
-    warm_up: int = 0
-    slices: int = 1
-    slice: BuildSlice | None = None
+T = TypeVar("T")
 
 
 class Coordinator:
@@ -84,36 +47,40 @@ class Coordinator:
     config: `distill`, `engine` and `evaluate` are used, and `trajectory()` is what a resumed run must have in common.
     data: fingerprints of what the shards read, by name; a resumed run must have them in common, too.
     resume: go on from the last checkpoint, if there is one. name: put before every line printed.
-    stop: an event that ends the run like Ctrl-C; for a run in another thread than the main one, which signals do not reach.
+    stop: ends the run when asked; for a run in another thread than the main one, which signals do not reach.
     rooms: where its actors' room comes from, shared with other runs of the same job; default: its own.
     """
 
     def __init__(self, config: Config, work: Work, *, directory: str, data: Mapping[str, str] | None = None, resume: bool = False,
-                 name: str = "", stop: threading.Event | None = None, rooms: Rooms | None = None) -> None:
+                 name: str = "", stop: Stop | None = None, rooms: Rooms | None = None) -> None:
         self._config, self._work = config, work
         self._data = data or {}
-        self._directory, self._resume, self._stop = directory, resume, stop or threading.Event()
-        self._rooms = rooms or Rooms(config.engine.threads, config.engine.gpus, config.engine.actors)
+        self._directory, self._resume, self._stop = directory, resume, stop or Stop()
+        self._rooms = rooms or Rooms(config.engine.threads, config.engine.gpus, config.engine.actors,
+                                     at_least=config.engine.min_actors)
         self._prefix = f"{name}: " if name else ""
         self._checkpoints = checkpoints_of(config, directory)
         self._heart = Heartbeat(directory, updates=config.distill.updates)
         self._horizon = config.distill.horizon
         self._last: str | None = None  # the last good checkpoint
         self._saved = 0  # checkpoints written by this process
+        self._unsaved = False  # is an update being done, or done, that no checkpoint has?
 
     def run(self) -> Outcome:
         """Do the updates that are left.
 
         Raises ConfigError for a run that is there already or does not fit, ClusterError when there is no room for its actors, EngineError
-        when machines fail, and whatever a shard raises (ValueError, DivergedError, RidgeError, ...) with the last good checkpoint named.
-        Ctrl-C and SIGTERM end the process with status 130; the last checkpoint stays.
+        when machines fail, StorageError when storage refuses a checkpoint for too long, and whatever a shard raises (ValueError,
+        DivergedError, RidgeError, ...) with the last good checkpoint named. Ctrl-C and SIGTERM end it in Stopped, after a checkpoint; a
+        second one at once.
         """
-        with sigterm_as_interrupt():
+        with self._stop.by_signals():
             try:
                 return self._finished() or self._with_a_heartbeat()
             except KeyboardInterrupt:
-                self._say(f"stopped; {self._how_to_go_on()}")
-                raise SystemExit(INTERRUPTED) from None
+                lost = "the updates since the last checkpoint are lost; " if self._unsaved else ""
+                self._say(f"stopped; {lost}{self._how_to_go_on()}")
+                raise Stopped(INTERRUPTED if self._unsaved else self._stop.status) from None
 
     def _finished(self) -> Outcome | None:
         """Before anything is started or written: may this run go on from what is there? Returns its end if it is all there."""
@@ -147,6 +114,7 @@ class Coordinator:
 
     def _with_a_heartbeat(self) -> Outcome:
         self._heart.start()
+        self._metrics = Metrics(self._directory)
         try:
             outcome = self._despite_failures()
         except TakenOverError:
@@ -162,32 +130,37 @@ class Coordinator:
         return outcome
 
     def _despite_failures(self) -> Outcome:
-        failures, saved = 0, -1
+        failures, saved, first = 0, -1, True
         while True:
             try:
-                return self._attempt(first=failures == 0)
+                return self._attempt(first=first)
+            except Moved as moved:
+                self._say(f"{moved}; going on from {self._last}")
             except ClusterError as error:
                 if self._last is not None:
                     error.args = (f"{error}; {self._how_to_go_on()}",)
                 raise
             except LostActor as lost:
+                self._metrics.failure()
                 failures = failures + 1 if self._saved == saved else 1
                 saved = self._saved
                 if failures > len(PAUSES):
                     raise EngineError(f"{lost}; that is {failures} failures in a row without a new checkpoint, so the run stops. If memory "
                                       f"ran out, set distill.chunk_size lower or use more hosts; {self._how_to_go_on()}") from lost
                 self._say(f"{lost}; fresh actors go on from {self._last or 'the beginning'}")
-                if self._stop.wait(PAUSES[failures - 1]):
+                if self._stop.soon.wait(PAUSES[failures - 1]):
                     raise KeyboardInterrupt from None
+            first = False
 
     def _attempt(self, *, first: bool) -> Outcome:
         """All updates that are left, with one set of actors."""
         config = self._config
-        patience = 0 if first else REPLACE
-        with self._rooms.take(stop=self._stop, patience=patience, say=self._say) as room, WorkerGroup(
-                Layout(config.distill.shards, self._work.slices, config.engine.actors), threads=config.engine.threads,
-                gpus=config.engine.gpus, stop=self._stop, room=room, say=self._say) as group:
-            self._checkpoints.claim()
+        replace, patience = (0, 0) if first else (REPLACE, None)
+        self._unsaved = False  # what was done since the last checkpoint went with the actors before
+        with self._rooms.take(stop=self._must_end, patience=replace, say=self._say) as room, WorkerGroup(
+                Layout(config.distill.shards, self._work.slices, room.actors), threads=config.engine.threads, gpus=config.engine.gpus,
+                stop=self._must_end, room=room.group, say=self._say) as group:
+            self._patiently(self._claim, patience)
             try:
                 hosts = group.start()
                 self._require_one_kind(hosts)
@@ -198,10 +171,10 @@ class Coordinator:
                     raise
                 raise EngineError(f"{lost}, while it started; see the lines above, and `krrst doctor`. If memory ran out, lower "
                                   f"engine.actors or distill.pool.size") from lost
-            outer, restored = self._restore(group)
+            outer, restored = self._patiently(lambda: self._restore(group), patience)
             record = Record(self._directory, start=outer.steps if restored else None)
             try:
-                return self._loop(group, outer, record, restored=restored)
+                return self._loop(group, outer, record, restored=restored, room=room)
             except ArithmeticError as error:
                 error.args = (f"{error}; {self._how_to_begin_anew()}",)
                 raise
@@ -211,31 +184,37 @@ class Coordinator:
             finally:
                 record.close()
 
-    def _loop(self, group: WorkerGroup, outer: Outer, record: Record, *, restored: bool) -> Outcome:
+    def _loop(self, group: WorkerGroup, outer: Outer, record: Record, *, restored: bool, room: Room) -> Outcome:
         updates, every = self._config.distill.updates, self._config.evaluate.every
         aggregator = (CollectiveAggregator if self._config.engine.collective else ObjectStoreAggregator)(group, outer, self._work.combine)
         if not restored:
             self._warm_up(group, aggregator)
             self._save(group, aggregator, record, step=0)
-        if outer.steps == 0:
-            self._measure_held_out(group, aggregator.shared, record, step=0)
+        if outer.steps % every == 0:
+            self._measure_held_out(group, aggregator.shared, record, step=outer.steps)
         line = ProgressLine(f"{self._prefix}update", updates, start=outer.steps)
         try:
             for step in range(outer.steps, updates):
-                lr = outer.lr
+                lr, self._unsaved = outer.lr, True
                 update = aggregator.update(step, last=step + 1 == updates)
                 done = step + 1
                 record.update(done, update, lr=lr)
                 self._heart.update(done, update.total)
+                self._metrics.update(done, update)
                 line.show(done, f"loss {update.contribution.loss:.4g}" + (f"  held-out {record.held_out:.4g}" if record.held_out else ""))
-                if done % every == 0 or done == updates:
-                    self._measure_held_out(group, aggregator.shared, record, step=done)
-                if done % self._config.engine.checkpoint_every == 0 or done == updates:
+                asked, notice, measured = self._stop.soon.is_set(), group.notice(), done % every == 0 or done == updates
+                if done % self._config.engine.checkpoint_every == 0 or measured or asked or notice:  # before measuring, which may take long
                     self._save(group, aggregator, record, step=done)
+                    if done < updates and not asked and (notice or room.has_grown()):
+                        raise Moved(notice or f"there is room for more than {room.actors} actors now")
+                if asked:
+                    raise KeyboardInterrupt
+                if measured:
+                    self._measure_held_out(group, aggregator.shared, record, step=done)
         finally:
             line.close()
         self._measure_held_out(group, aggregator.shared, record, step=updates)
-        record.save()
+        self._patiently(record.save)
         return Outcome.of(outer, self._directory)
 
     def _warm_up(self, group: WorkerGroup, aggregator: Aggregator) -> None:
@@ -268,6 +247,7 @@ class Coordinator:
             lr = self._config.evaluate.pretrain.lr
             raise DivergedError(f"update {step}: {error}; evaluate.pretrain.lr = {lr:g} is too high, take a lower one") from None
         record.measured(step, sum(losses) / len(losses))
+        self._metrics.measured(record.held_out)
         self._say(f"update {step}: held-out ridge loss {record.held_out:.4g}")
 
     def _save(self, group: WorkerGroup, aggregator: Aggregator, record: Record, *, step: int) -> None:
@@ -276,22 +256,42 @@ class Coordinator:
             rates = [f"distill.{name} = {value:g}" for name, value in self._config.distill if name.startswith("lr")]
             raise DivergedError(f"after {step} updates X_s, what is learned beside it, or their optimiser's moments are not finite; "
                                 f"{' or '.join(rates)} is too high")
+        self._patiently(lambda: self._write(group, aggregator.shared, record, state, step))
+        self._unsaved = False
+
+    def _write(self, group: WorkerGroup, shared: tuple[ray.ObjectRef, ...], record: Record, state: Mapping[str, Tensor], step: int) -> None:
+        """The checkpoint of `step`, whole or not at all. May be called again where storage has refused it."""
         try:
-            answers = group.everywhere("save", self._checkpoints.folder(step), *aggregator.shared, silence=START)
+            answers = group.everywhere("save", self._checkpoints.folder(step), *shared, silence=START)
             record.save()
             shards = sorted((saved for answer in answers for saved in answer), key=lambda saved: saved.shard)
             self._last = self._checkpoints.finish(step, state, shards, self._facts())
             self._saved += 1
             self._heart.checkpoint(self._last, step)
+            self._metrics.checkpoint(step)
         except (storage.StorageError, DivergedError):
             with suppress(EngineError):
                 group.everywhere("host", silence=START)  # answered when the others have written their part
-            self._checkpoints.discard(step)
+            with suppress(storage.StorageError):
+                self._checkpoints.discard(step)
             raise
+
+    def _claim(self) -> None:
+        """Begin an incarnation. Raises StorageError where storage has lost the run's checkpoints, for a while or for good."""
+        self._require_checkpoints(self._checkpoints.whole())
+        self._checkpoints.claim()
+
+    def _require_checkpoints(self, names: list[str]) -> None:
+        if self._last is not None and not names:
+            raise storage.StorageError(f"{self._checkpoints.uri}: no checkpoint is there, though {self._last} was; is the storage mounted?")
+
+    def _patiently(self, work: Callable[[], T], patience: float | None = None) -> T:
+        return patiently(work, stop=self._stop, say=self._say, patience=patience)
 
     def _restore(self, group: WorkerGroup) -> tuple[Outer, bool]:
         """The outer optimiser, and with it all shards, where the newest undamaged checkpoint has them; or at the beginning."""
         outer, names = self._work.outer(self._horizon), self._checkpoints.whole()
+        self._require_checkpoints(names)
         for name in names:
             try:
                 checkpoint = self._checkpoints.read(name)
@@ -323,6 +323,10 @@ class Coordinator:
             raise ConfigError(f"the driver's CPU has {mine}, but {', '.join(others)}; they round differently, so the result would depend "
                               f"on who computes what. Use hosts of one kind, or set ATEN_CPU_CAPABILITY=avx2 for the job")
 
+    def _must_end(self) -> bool:
+        """Must waits end now? Asked once, an update is waited for and its checkpoint."""
+        return self._stop.now.is_set() or (self._stop.soon.is_set() and not self._unsaved)
+
     def _how_to_go_on(self) -> str:
         if self._last is None:
             return "there is no checkpoint yet, start it again"
@@ -338,16 +342,3 @@ class Coordinator:
     def _say(self, line: str) -> None:
         self._heart.says(line)
         print(f"{self._prefix}{line}", flush=True)
-
-
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM (`ray job stop`) do what Ctrl-C does, where Python allows it: in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

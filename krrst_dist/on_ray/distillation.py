@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from krrst_dist.data.cache import Cache
 from krrst_dist.on_ray import cluster
 from krrst_dist.on_ray.assembly import Assembly
 from krrst_dist.on_ray.coordinator import Coordinator
+from krrst_dist.on_ray.stopping import Stop, Stopped
 
 
 @dataclass(frozen=True)
@@ -46,32 +46,38 @@ def seed_directory(out: str, seed: int) -> str:
 
 def distil(config: Config, cache: Cache, beton: Path, targets: Path | None, out: str, *, resume: bool,
            wait: bool = False) -> list[Distilled]:
-    """Every distillation seed, as many at a time as the cluster has room for. An error in one stops all at their checkpoints.
+    """Every distillation seed, as many at a time as the cluster has room for. Ctrl-C, SIGTERM or an error in one stops all, each with
+    a checkpoint.
 
     wait: for room in a cluster that grows. Raises ClusterError where there is no room for a single one, and whatever `Coordinator` does.
     """
-    engine, stop = config.engine, threading.Event()
-    rooms = cluster.Rooms(engine.threads, engine.gpus, engine.actors, wait=wait)
+    engine, stop = config.engine, Stop()
+    rooms = cluster.Rooms(engine.threads, engine.gpus, engine.actors, at_least=engine.min_actors, wait=wait)
 
     def one(seed: int) -> Distilled:
+        if stop.soon.is_set():
+            raise Stopped(stop.status)
         parts = Assembly(config.model_copy(update={"seed": seed}), cache, beton, targets, storage.join(out, "chores"))
         return _distil_seed(parts, seed_directory(out, seed), resume=resume, stop=stop, rooms=rooms)
 
     # An empty cluster's room. Seeds that find less wait for each other in `rooms`; for a cluster that grows all of them ask.
     at_once = config.repeats if wait else cluster.capacity(cpus=engine.threads, gpus=engine.gpus) // engine.actors
-    with ThreadPoolExecutor(max(1, min(config.repeats, at_once))) as pool:
+    ends = []
+    with stop.by_signals(), ThreadPoolExecutor(max(1, min(config.repeats, at_once))) as pool:
         runs = [pool.submit(one, seed) for seed in seeds(config)]
-        try:
-            for run in as_completed(runs):
-                run.result()
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+        for run in as_completed(runs):
+            if (error := run.exception()) is not None:
+                ends.append(error)
+                stop.soon.set()
+    for error in ends:
+        if not isinstance(error, Stopped):
+            raise error
+    if stop.soon.is_set():
+        raise Stopped(max((end.status for end in ends), default=stop.status))
     return [run.result() for run in runs]
 
 
-def _distil_seed(parts: Assembly, directory: str, *, resume: bool, stop: threading.Event, rooms: cluster.Rooms) -> Distilled:
+def _distil_seed(parts: Assembly, directory: str, *, resume: bool, stop: Stop, rooms: cluster.Rooms) -> Distilled:
     config, source = parts.config, parts.source
     target = source.targets and source.targets.fingerprint
     data = {"images": source.prepared.fingerprint} | ({"target": target} if target else {})

@@ -11,5 +11,9 @@ class LostActor(EngineError):
     """An actor died, or was silent for too long: worth another try with fresh actors."""
 
 
+class Moved(Exception):
+    """A run has left its actors at a checkpoint, to go on with others: hosts leave or have joined. No failure."""
+
+
 class TakenOverError(EngineError):
     """Another process goes on with this run: this one must not write any more."""

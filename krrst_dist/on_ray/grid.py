@@ -17,7 +17,6 @@ from krrst_dist.data.sources import open_images
 from krrst_dist.grid_config import Grid
 from krrst_dist.on_ray import cluster
 from krrst_dist.on_ray import grid_fid as fid
-from krrst_dist.on_ray.coordinator import sigterm_as_interrupt
 from krrst_dist.on_ray.errors import EngineError
 from krrst_dist.on_ray.grid_plan import check_grid, check_names_kept, check_set, plan
 from krrst_dist.on_ray.grid_sets import GridSet, check_makeable, given, load_presets, make
@@ -25,6 +24,7 @@ from krrst_dist.on_ray.grid_trial import Workshop, cell_trial, model_trial
 from krrst_dist.on_ray.grid_work import Planned, Target
 from krrst_dist.on_ray.places import Places, prepared_split
 from krrst_dist.on_ray.preflight import Split
+from krrst_dist.on_ray.stopping import sigterm_as_interrupt
 from krrst_dist.on_ray.trials import Ended, run_trials
 from krrst_dist.results import Outcome, ResultStore
 

@@ -8,13 +8,16 @@ an actor arrives as itself.
 from __future__ import annotations
 
 import os
-import threading
+import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray import exceptions
+from ray._private.state import state
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -26,40 +29,60 @@ START = 1800.0
 """seconds of silence allowed to an actor that starts, warms up, saves, restores or measures"""
 STEP = 300.0
 """seconds of silence allowed in a meta-update, or 20 of the slowest one so far"""
+DEAF = 45.0
+"""seconds that an actor may leave the question for a sign of life without any answer. It is answered beside the work: an actor that works
+for long does answer, if late where native code holds Python's lock; one that has been stopped, or whose host is cut off, does not"""
 _PULSE = 5.0  # seconds between signs of life
 _SAY = 30.0  # seconds between the lines of a start that takes long
 _LOST = (exceptions.RayActorError, exceptions.GetTimeoutError, exceptions.ObjectLostError, exceptions.NodeDiedError,
          exceptions.OutOfMemoryError, exceptions.WorkerCrashedError)
+PINNED = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  # what makes CPUs of several kinds round alike
 
 
-def patience(slowest: float) -> float:
+def silence_allowed(slowest: float) -> float:
     """Seconds of silence allowed in a meta-update. slowest: seconds of the slowest one so far, 0 before the first."""
     return max(STEP, 20 * slowest) if slowest else START
 
 
-PINNED = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  # what makes CPUs of several kinds round alike
+class Actor(Worker):
+    """A worker in a process of its own, for which SIGTERM is the notice that its host will be taken away."""
+
+    def __init__(self) -> None:
+        self._notice = False
+        signal.signal(signal.SIGTERM, self._take_notice)  # Ray makes actors in the main thread, and would end this one
+
+    def _take_notice(self, *_: object) -> None:
+        self._notice = True
+
+    @ray.method(concurrency_group="pulse")
+    def pulse(self) -> tuple[int, bool]:
+        """Signs of life, and whether notice has been given."""
+        return super().pulse(), self._notice
 
 
 class WorkerGroup:
     """G actors that host the shards and slices of a layout. Use as a context manager: the actors end with the block.
 
-    threads: CPU threads, and CPUs asked of Ray, an actor; gpus: GPUs an actor. stop: when set (by another thread), waits
-    end in KeyboardInterrupt. room: where the actors go, one to a bundle (`cluster.Rooms`); None: wherever Ray finds room, and waits for
-    it. say: told what a start that takes long is waiting for.
+    threads: CPU threads, and CPUs asked of Ray, an actor; gpus: GPUs an actor. stop: asked once a second; when true, waits end in
+    KeyboardInterrupt. room: where the actors go, one to a bundle (`cluster.Rooms`); None: wherever Ray finds room, and waits for it.
+    say: told what a start that takes long is waiting for.
     """
 
-    def __init__(self, layout: Layout, *, threads: int, gpus: float = 0, stop: threading.Event | None = None,
+    def __init__(self, layout: Layout, *, threads: int, gpus: float = 0, stop: Callable[[], bool] | None = None,
                  room: PlacementGroup | None = None, say: Callable[[str], None] | None = None) -> None:
-        self.layout, self._threads, self._stop = layout, threads, stop or threading.Event()
+        self.layout, self._threads, self._stop = layout, threads, stop or (lambda: False)
         self.device = "cuda" if gpus else "cpu"
         self._room, self._say = room, say or (lambda line: None)
         self._hosts: list[Host] = []
+        self._nodes: dict[int, str] = {}  # of each actor, where it is known
         pinned = {name: os.environ[name] for name in PINNED if name in os.environ}
-        actor = ray.remote(concurrency_groups={"pulse": 1})(Worker)
+        actor = ray.remote(concurrency_groups={"pulse": 1})(Actor)
         options = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "runtime_env": {"env_vars": pinned} if pinned else None}
         places = [{} if room is None else {"scheduling_strategy": PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=g)}
                   for g in range(layout.actors)]
         self._workers = [actor.options(**options, **place).remote() for place in places]
+        self._pulses = [_Pulse() for _ in places]
+        self._looked = time.monotonic()  # for notices
 
     def __enter__(self) -> WorkerGroup:
         return self
@@ -72,6 +95,7 @@ class WorkerGroup:
         """Wait for the actors. Returns where they live."""
         calls = [(g, worker.host.remote()) for g, worker in enumerate(self._workers)]
         self._hosts = self.gather(calls, silence=START, starting="to start")
+        self._nodes = placement_group_table(self._room)["bundles_to_node_id"] if self._room is not None else {}
         self.everywhere("prepare", self._threads, silence=START)
         return self._hosts
 
@@ -84,6 +108,18 @@ class WorkerGroup:
     def call(self, actor: int, method: str, *arguments: Any, returns: int = 1) -> Any:
         """Call a method on one actor: the reference to its answer, or `returns` of them. To be waited for with `gather`."""
         return getattr(self._workers[actor], method).options(num_returns=returns).remote(*arguments)
+
+    def notice(self) -> str | None:
+        """Who will be taken away, if anybody: a process that got SIGTERM, a node that is drained. Costs nothing most of the time."""
+        if time.monotonic() - self._looked < _PULSE:
+            return None
+        self._looked = time.monotonic()
+        self._pulse(_PULSE)
+        draining = state.get_draining_nodes()
+        for g, pulse in enumerate(self._pulses):
+            if pulse.notice or self._nodes.get(g) in draining:
+                return f"{self._describe(g)} will be taken away"
+        return None
 
     def everywhere(self, method: str, *arguments: Any, silence: float, on_pulse: Callable[[int], None] | None = None) -> list[Any]:
         """Call a method on all actors; their answers in actor order."""
@@ -114,20 +150,20 @@ class WorkerGroup:
         while pending:
             ready, _ = ray.wait(list(pending), timeout=1.0)
             now = time.monotonic()
-            if self._stop.is_set():
+            if self._stop():
                 raise KeyboardInterrupt
             for reference in ready:
                 answers[reference] = self._get(reference, pending.pop(reference), silence)
                 last_sign = now
             if ready and on_answer:
                 on_answer(len(answers))
-            if ready or now - last_pulse < min(_PULSE, silence):
+            if ready or now - last_pulse < (every := min(_PULSE, silence)):
                 continue
             if starting and now - said >= _SAY:
                 said = now
                 self._require_room(min(pending.values()))
                 self._say(f"waiting for {self._describe(min(pending.values()))} {starting}")
-            before, steps, last_pulse = steps, self._pulse(), now
+            before, steps, last_pulse = steps, self._pulse(every), now
             if steps > before:
                 last_sign = now
                 if on_pulse:
@@ -146,7 +182,7 @@ class WorkerGroup:
                 raise EngineError(f"{self._describe(actor)} could not take its work: {_last_line(error)}") from error
             raise error.cause from error
         except _LOST as error:
-            raise LostActor(f"{self._describe(actor)} was lost: {_last_line(error)}") from error
+            raise LostActor(f"{self._describe(self._who(error, actor))} was lost: {_last_line(error)}") from error
 
     def _who(self, lost: Exception, asked: int) -> int:
         """The actor that an error is about, as far as it says so."""
@@ -158,19 +194,19 @@ class WorkerGroup:
         if self._room is not None and placement_group_table(self._room).get("state") != "CREATED":
             raise LostActor(f"{self._describe(actor)} has lost its host before it started")
 
-    def _pulse(self) -> int:
-        """Signs of life so far over the actors that answer at once."""
-        pulses = [worker.pulse.remote() for worker in self._workers]
-        ready, _ = ray.wait(pulses, num_returns=len(pulses), timeout=1.0)
-        return sum(self._quietly(ready))
+    def _pulse(self, seconds: float) -> int:
+        """Signs of life so far, over all actors. seconds: since this was asked last.
 
-    @staticmethod
-    def _quietly(references: Sequence[ray.ObjectRef]) -> Iterator[int]:
-        for reference in references:
-            try:
-                yield ray.get(reference, timeout=1.0)
-            except exceptions.RayError:  # the call that is waited for will say so
-                yield 0
+        Raises LostActor for one that was there and has been deaf for too long: by questions, as this process may have been stopped itself.
+        """
+        for worker, pulse in zip(self._workers, self._pulses, strict=True):
+            pulse.asked = pulse.asked or worker.pulse.remote()
+        ready, _ = ray.wait([pulse.asked for pulse in self._pulses], num_returns=len(self._pulses), timeout=1.0)
+        for g, pulse in enumerate(self._pulses):
+            pulse.hear(seconds, answered=pulse.asked in ready)
+            if self._hosts and pulse.deaf >= DEAF:
+                raise LostActor(f"{self._describe(g)} has not answered for {pulse.deaf:.0f} s: it has stopped, or cannot be reached")
+        return sum(pulse.signs for pulse in self._pulses)
 
     def _describe(self, actor: int) -> str:
         host = f" on {self._hosts[actor].name} (process {self._hosts[actor].pid})" if self._hosts else ""
@@ -178,6 +214,25 @@ class WorkerGroup:
                   ("slice(s)", (f"{p} of shard {shard}" for shard, p in self.layout.slices_of(actor)))]
         return f"actor {actor} with " + " and ".join(f"{what} {', '.join(which)}" for what, which in
                                                      ((what, list(which)) for what, which in hosted) if which) + host
+
+
+@dataclass
+class _Pulse:
+    """What is known of an actor's life."""
+
+    signs: int = 0
+    notice: bool = False
+    deaf: float = 0.0  # seconds
+    asked: ray.ObjectRef | None = None
+
+    def hear(self, seconds: float, *, answered: bool) -> None:
+        """An answer, or the lack of one for so many seconds more."""
+        if not answered:
+            self.deaf += seconds
+            return
+        with suppress(exceptions.RayError):  # the call that is waited for will say so
+            self.signs, self.notice = ray.get(self.asked, timeout=1.0)
+        self.deaf, self.asked = 0.0, None
 
 
 def _last_line(error: Exception) -> str:

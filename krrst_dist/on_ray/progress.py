@@ -11,6 +11,8 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -78,7 +80,8 @@ class Record:
         self._rows = {row["step"]: row for row in kept}
         local = storage.local_path(directory)
         self._upload_from = Path(tempfile.mkdtemp(prefix="krrst-")) if local is None else None
-        self._board = SummaryWriter(self._upload_from or local / TENSORBOARD, flush_secs=10, purge_step=0 if start is None else start + 1)
+        self._board_folder, self._purge = self._upload_from or local / TENSORBOARD, 0 if start is None else start + 1
+        self._board: SummaryWriter | None = self._open_board()
         self._shown, self._recent = 0.0, []
         self._retries = sum(row["retries"] or 0 for row in kept)
         self.held_out = next((row["held_out"] for row in reversed(kept) if row["held_out"] is not None), None)
@@ -96,7 +99,7 @@ class Record:
         """The held-out ridge loss after `step` updates."""
         self._row(step).update(held_out=held_out)
         self.held_out = held_out
-        self._board.add_scalar("loss/held-out", held_out, step)
+        self._draw({"loss/held-out": held_out}, step)
 
     def knows_held_out(self, step: int) -> bool:
         """Was it measured after `step` updates?"""
@@ -106,14 +109,16 @@ class Record:
         """Write the table, whole, and bring TensorBoard up to date."""
         table = pa.Table.from_pylist(list(self._rows.values()), schema=_SCHEMA)
         storage.write_whole(storage.join(self._directory, HISTORY), parquet.encode(table))
-        self._board.flush()
+        self._draw({})
         if self._upload_from:
             for file in self._upload_from.iterdir():
                 storage.write_whole(storage.join(self._directory, TENSORBOARD, file.name), file.read_bytes())
 
     def close(self) -> None:
         """Close TensorBoard's file."""
-        self._board.close()
+        if self._board is not None:
+            with suppress(OSError):
+                self._board.close()
         if self._upload_from:
             shutil.rmtree(self._upload_from, ignore_errors=True)
 
@@ -130,5 +135,20 @@ class Record:
                    "seconds/train pool models": mean([u.train for u in recent]),
                    "seconds/meta-gradients": mean([u.contribute for u in recent]),
                    "seconds/combine and step": mean([u.combine for u in recent]), "seconds/update": mean([u.total for u in recent])}
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+        self._draw(scalars, step)
+
+    def _open_board(self) -> SummaryWriter:
+        return SummaryWriter(self._board_folder, flush_secs=10, purge_step=self._purge)
+
+    def _draw(self, scalars: Mapping[str, float], step: int | None = None) -> None:
+        """Points for TensorBoard, and all that it has so far to the disk. What a disk refuses is lost: that ends no run.
+
+        A writer that has met an error repeats it for ever, so that the next points get a new one.
+        """
+        try:
+            self._board = self._board or self._open_board()
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        except OSError:
+            self._board = None

@@ -17,8 +17,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import requests
@@ -28,6 +27,7 @@ from krrst_dist.config import CARRIED, is_own_file, read_yaml
 from krrst_dist.grid_config import load_grid
 from krrst_dist.on_ray.cluster import ClusterError, has_token, job_cluster, ray_command
 from krrst_dist.on_ray.group import PINNED
+from krrst_dist.on_ray.stopping import handled
 from krrst_dist.paths import PROJECT, STORAGE, absolute, data_directory
 from krrst_dist.provenance import Revision, revision
 
@@ -49,7 +49,7 @@ def submit(arguments: Sequence[str], *, address: str | None = None, script: str 
         one-machine cluster of its own.
     script: the job, relative to `root`, the folder that is uploaded.
 
-    Ctrl-C (or SIGTERM, or a closed terminal) stops the job: it gets a KeyboardInterrupt and STOP_SECONDS to end by itself.
+    Ctrl-C (or SIGTERM, or a closed terminal) stops the job: it gets a SIGTERM and STOP_SECONDS to end by itself.
 
     Raises ClusterError when no cluster answers at the address; ConfigError for a YAML file that cannot be read.
     """
@@ -58,7 +58,7 @@ def submit(arguments: Sequence[str], *, address: str | None = None, script: str 
         check_address(address, name=name)
     arguments = absolute_paths(_with_data(arguments), base=Path.cwd())
     settings = own_files(arguments)
-    with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
+    with handled(signal.default_int_handler, signal.SIGTERM, signal.SIGHUP):
         if address:
             return _run(address, ["python", script, *arguments], root=root, storage=os.environ.get(STORAGE), settings=settings)
         storage = absolute(os.environ.get(STORAGE) or "runs", base=root)
@@ -147,7 +147,7 @@ def absolute_paths(arguments: Sequence[str], *, base: Path) -> list[str]:
 
 def runtime_env(code: Revision, storage: str | None, settings: Mapping[str, str]) -> dict[str, object]:
     """What the job's processes get beside the uploaded code. settings: as `own_files` makes them."""
-    variables = code.environment() | settings | {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+    variables = code.environment() | settings | {"RAY_JOB_STOP_SIGNAL": "SIGTERM", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
     variables |= {name: os.environ[name] for name in PINNED if name in os.environ}
     return {"env_vars": variables | ({STORAGE: storage} if storage else {}), "excludes": LEFT_BEHIND}
 
@@ -194,14 +194,3 @@ def _pass_on(process: subprocess.Popen, held: bytearray) -> None:
 def _print(text: bytes) -> None:
     sys.stdout.buffer.write(text)
     sys.stdout.buffer.flush()
-
-
-@contextmanager
-def _interrupted_by(*signals: signal.Signals) -> Iterator[None]:
-    """These signals act like Ctrl-C."""
-    before = [signal.signal(number, signal.default_int_handler) for number in signals]
-    try:
-        yield
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)

@@ -134,6 +134,7 @@ def _fit(task: _Task, *, wait: bool) -> None:
     resources = {"CPU": engine.threads} | ({"GPU": gpus} if gpus else {})
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # it shows every printed line twice
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # until an end or a death is noticed
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "60")  # until a worker that answers no more is given up
     trainer = TorchTrainer(
         _work, train_loop_config={"task": task},
         scaling_config=ScalingConfig(num_workers=target.workers, use_gpu=bool(gpus), resources_per_worker=resources),
