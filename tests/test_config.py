@@ -25,8 +25,8 @@ PUBLISHED = {  # METHOD 5: data set, resolution, m, widths, target, k, learning 
 }
 HARMLESS = {"preset", "repeats", "target.checkpoint", "target.workers", "target.checkpoint_every", "target.probe_every", "distill.updates",
             "distill.decay_updates", "evaluate.datasets", "evaluate.few_labels", "evaluate.every", "evaluate.probe.steps",
-            "evaluate.probe.batch", "evaluate.probe.lr", "evaluate.probe.momentum", "engine.actors", "engine.gpus",
-            "engine.checkpoint_every", "engine.keep"}
+            "evaluate.probe.batch", "evaluate.probe.lr", "evaluate.probe.momentum", "engine.actors", "engine.min_actors",
+            "engine.gpus", "engine.checkpoint_every", "engine.keep"}
 FIELDS = settings(load_preset("imagenet64"))
 
 
@@ -102,6 +102,7 @@ def test_settings_are_frozen_and_travel():
                             "take batch = 1023"),
     ({"engine.actors": 2}, "engine.actors = 2 exceeds distill.shards = 1: an actor hosts at least one shard; "
                            "take actors <= shards, or raise shards (which changes the result)"),
+    ({"engine.min_actors": 2}, "engine.min_actors = 2 exceeds engine.actors = 1, the number that is wanted; take min_actors <= actors"),
 ])
 def test_a_setting_that_cannot_be_used_is_refused_with_field_value_and_rule(overrides, complaint):
     with pytest.raises(ConfigError) as refused:
