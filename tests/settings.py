@@ -8,7 +8,7 @@ from krrst_dist.config import Config, flatten
 from krrst_dist.methods.krr_st import DistillSettings
 
 _NAMES = {"source.dataset": "flowers", "target.network.name": "vgg11", "distill.pool.network.name": "mobilenet",
-          "evaluate.datasets": ["cars", "dogs"], "preset": "another"}
+          "evaluate.datasets": ["cars", "dogs"], "preset": "another", "engine.min_actors": 1}
 
 
 def another_value(field: str, value: Any) -> Any:

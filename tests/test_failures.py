@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,15 +47,15 @@ def in_short(monkeypatch) -> None:
 
 
 class Outage:
-    """Storage of a run that refuses everything: a file is where the folder of its checkpoints was."""
+    """Storage of a run that refuses everything: a file is where the folder of its checkpoints was. unmounted: an empty folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, unmounted: bool = False) -> None:
         self._there, self._aside = folder / "checkpoints", folder / "aside"
         self._there.rename(self._aside)
-        self._there.touch()
+        self._there.mkdir() if unmounted else self._there.touch()
 
     def over(self) -> None:
-        self._there.unlink()
+        shutil.rmtree(self._there) if self._there.is_dir() else self._there.unlink()
         self._aside.rename(self._there)
 
 
@@ -71,11 +72,11 @@ def test_a_run_goes_on_when_storage_that_refused_its_checkpoint_works_again(star
     assert run.checkpoints() == [(8, 1), (12, 1), (16, 1)]
 
 
-def test_an_actor_killed_while_storage_refuses_costs_nothing_but_time(start, tmp_path):
+def test_an_actor_killed_while_storage_is_not_mounted_costs_nothing_but_time(start, tmp_path):
     run = start(config(actors=2, updates=16))
     run.until_step(4)
-    outage = Outage(tmp_path)
-    run.until_said("trying again")
+    outage = Outage(tmp_path, unmounted=True)
+    run.until_said("is its storage not mounted")
     os.kill(run.process(1), signal.SIGKILL)
     run.until_said("no checkpoint is there")
     outage.over()

@@ -106,7 +106,7 @@ def test_seeds_that_do_not_fit_beside_somebody_elses_work_wait_for_each_other(di
 
 def test_a_seed_that_nothing_will_make_room_for_is_refused_and_leaves_nothing(digits, hog, tmp_path, monkeypatch):
     hog(2)
-    monkeypatch.setattr(cluster, "Rooms", lambda *room, wait: Rooms(*room, wait=wait, deadline_s=3))
+    monkeypatch.setattr(cluster, "Rooms", lambda *room, **how: Rooms(*room, **how, deadline_s=3))
     with pytest.raises(ClusterError, match=r"too busy for 3 s: 0 CPUs and 0 GPUs are free; .*--wait"):
         digits.distil(tmp_path, settings(repeats=2))
     assert not list(tmp_path.rglob("step-*"))

@@ -115,7 +115,8 @@ class Checkpoints:
                     "shards": [asdict(shard) for shard in shards]}
         claim = self._claim()
         if claim is None:
-            raise storage.StorageError(f"{self.uri}: the run's folder was removed while it ran (update {step}); start it again")
+            raise storage.StorageError(f"{self.uri}: the run's folder is gone, at update {step}: is its storage not mounted, or was it "
+                                       f"removed?")
         if claim["token"] != self._token:
             raise TakenOverError(f"another process goes on with the run in {self.uri}: this one stops, at update {step}; see to it that "
                                  f"only one runs at a time")

@@ -1,8 +1,10 @@
 """The actors of a run as one thing: start them, call them all, notice when one is gone, stop them.
 
-Owns every wait: none is without a deadline, and a wait that fails says which actor was silent. Knows nothing of the
-algorithm. An actor's death is `LostActor` (worth another try with fresh actors); an exception raised by our own code in
-an actor arrives as itself.
+Owns every wait: none is without a deadline, and a wait that fails says which actor was silent. A killed process is noticed
+in seconds (by Ray), a stopped one or a host that is cut off within about a minute (DEAF), an actor that answers but gets no
+further after STEP seconds or 20 of the slowest updates (START outside of updates). Knows nothing of the algorithm. An
+actor's death is `LostActor` (worth another try with fresh actors); an exception raised by our own code in an actor arrives
+as itself.
 """
 
 from __future__ import annotations
