@@ -13,6 +13,7 @@ from pathlib import Path
 from krrst_dist import storage
 from krrst_dist.data import integrity
 from krrst_dist.data.errors import DataError
+from krrst_dist.data.prepared import Prepared
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,12 @@ class Cache:
             except DataError:
                 path.unlink(missing_ok=True)
                 raise
+
+    def fetch_prepared(self, manifest: Path) -> Prepared:
+        """Have a prepared data set on this node and open it. Raises DataError as `fetch` and `Prepared.open` do."""
+        self.fetch(manifest)
+        self.fetch(*Prepared.load(manifest).files)
+        return Prepared.open(manifest)
 
     def _uri(self, path: Path) -> str:
         return storage.join(self.remote, path.relative_to(self.local).as_posix())

@@ -7,6 +7,7 @@ that what is wrong with a data set shows in seconds. Knows no data set by name (
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -42,7 +43,7 @@ class Item:
 
 
 class Images(Protocol):
-    """One split of a data set. May be indexed from several threads at once.
+    """One split of a data set. May be indexed from several threads at once, and sent to another process.
 
     `labels` is int64 [n]. `fingerprint` changes when an image or a label does. Indexing raises BadImage.
     """
@@ -55,6 +56,14 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Item: ...
+
+    def some(self, first: int, stop: int) -> Images:
+        """The images from `first` to before `stop`, with the fingerprint of all; small where the images are in files."""
+        ...
+
+    def require_there(self) -> None:
+        """Raise DataError unless the files that hold the images are here, as long as they were when they were listed."""
+        ...
 
 
 class FileImages:
@@ -77,8 +86,10 @@ class FileImages:
         _check_labels(self)
         self._unreadable: dict[int, str] = {}  # image -> why
         digest = hashlib.sha256()
+        self._sizes: list[int | None] = []
         for i, (file, label) in enumerate(zip(self._files, self.labels.tolist(), strict=True)):
             size = self._size(i, os.path.join(self._folder, file))
+            self._sizes.append(size)
             digest.update(os.fsencode(file) + f"\0{size}\0{label}\n".encode())
         self.fingerprint = digest.hexdigest()
 
@@ -93,6 +104,17 @@ class FileImages:
         if i in self._unreadable:
             raise BadImage(where, self._unreadable[i])
         return Item(_decode(os.path.join(self._folder, self._files[i]), where), int(self.labels[i]), where)
+
+    def some(self, first: int, stop: int) -> FileImages:
+        part = copy.copy(self)
+        part._files, part._sizes, part.labels = self._files[first:stop], self._sizes[first:stop], self.labels[first:stop]
+        part._unreadable = {i - first: why for i, why in self._unreadable.items() if first <= i < stop}
+        return part
+
+    def require_there(self) -> None:
+        for i, size in enumerate(self._sizes):
+            if size is not None:
+                _require_size(os.path.join(self._folder, self._files[i]), size)
 
     def _size(self, i: int, path: str) -> int | None:
         """Bytes of a file, None where it cannot be read as one. Raises DataError when it is missing."""
@@ -124,37 +146,64 @@ class ParquetImages:
         self._paths = list(paths)
         with ThreadPoolExecutor() as pool:
             opened = list(pool.map(_open_parquet, self._paths))
-        self._files = [file for file, _ in opened]
+        files = [file for file, _ in opened]
         self.fingerprint = hashlib.sha256(b"".join(digest for _, digest in opened)).hexdigest()
-        schema = self._files[0].schema_arrow
-        rows = [file.metadata.num_rows for file in self._files]
+        self._sizes = [os.path.getsize(path) for path in self._paths]
+        schema = files[0].schema_arrow
+        rows = [file.metadata.num_rows for file in files]
         self._first_rows = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])  # [files + 1] first image of each file
-        self._groups = [(f, g) for f, file in enumerate(self._files) for g in range(file.num_row_groups)]
-        sizes = [self._files[f].metadata.row_group(g).num_rows for f, g in self._groups]
+        self._groups = [(f, g) for f, file in enumerate(files) for g in range(file.num_row_groups)]
+        sizes = [files[f].metadata.row_group(g).num_rows for f, g in self._groups]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])  # [groups + 1] first image of each row group
-        self._lock, self._kept = threading.Lock(), {}
+        self._before = 0  # images before the first
+        self._open(files)
         self.labelled = "label" in schema.names
         if self.labelled:
-            self.labels = np.concatenate([_label_column(*pair) for pair in zip(self._paths, self._files, strict=True)])  # [n]
+            self.labels = np.concatenate([_label_column(*pair) for pair in zip(self._paths, files, strict=True)])  # [n]
             self.class_names = _class_names(self._paths[0], schema) or self._numbers()
         else:
             self.labels, self.class_names = np.full(sum(rows), UNLABELLED), ()
         _check_labels(self)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self.labels)
 
     def where(self, i: int) -> str:
-        file = int(np.searchsorted(self._first_rows, i, side="right")) - 1
-        return f"{self._paths[file]}, row {i - self._first_rows[file]}"
+        file, row = self._place(i)
+        return f"{self._paths[file]}, row {row}"
 
     def __getitem__(self, i: int) -> Item:
-        group, where = int(np.searchsorted(self._starts, i, side="right")) - 1, self.where(i)
-        row = self._column(group)[int(i - self._starts[group])].as_py()  # None where the whole struct is null
+        group, where = int(np.searchsorted(self._starts, self._before + i, side="right")) - 1, self.where(i)
+        row = self._column(group)[int(self._before + i - self._starts[group])].as_py()  # None where the whole struct is null
         payload = row and row["bytes"]
         if payload is None:
             raise BadImage(where, "the row holds no bytes")
         return Item(_decode(io.BytesIO(payload), where), int(self.labels[i]), where)
+
+    def some(self, first: int, stop: int) -> ParquetImages:
+        part = object.__new__(ParquetImages)
+        vars(part).update(vars(self))  # in this process it shares the open files and the row groups that are kept
+        part._before, part.labels = self._before + first, self.labels[first:stop]
+        return part
+
+    def require_there(self) -> None:
+        for file in range(self._place(0)[0], self._place(len(self) - 1)[0] + 1):
+            _require_size(str(self._paths[file]), self._sizes[file])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_kept", "_files")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open([None] * len(self._paths))  # each when it is needed
+
+    def _open(self, files: list[pq.ParquetFile | None]) -> None:
+        self._lock, self._kept, self._files = threading.Lock(), {}, files
+
+    def _place(self, i: int) -> tuple[int, int]:
+        """File and row of an image."""
+        file = int(np.searchsorted(self._first_rows, self._before + i, side="right")) - 1
+        return file, int(self._before + i - self._first_rows[file])
 
     def _numbers(self) -> tuple[str, ...]:
         """Classes called by their number. Raises DataError for a label that counts no classes: it would make as many names."""
@@ -171,6 +220,7 @@ class ParquetImages:
             if group not in self._kept:
                 file, index = self._groups[group]
                 try:
+                    self._files[file] = self._files[file] or pq.ParquetFile(self._paths[file])
                     column = self._files[file].read_row_group(index, columns=["image"]).column("image")
                 except (OSError, pa.ArrowException) as error:
                     raise DataError(f"{self._paths[file]}: row group {index} cannot be read ({error}); get the file again") from error
@@ -186,7 +236,7 @@ class ArrayImages:
     labelled = True
 
     def __init__(self, title: str, pixels: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> None:
-        self._title, self._pixels = title, pixels
+        self._title, self._pixels, self._before = title, pixels, 0
         self.labels = np.asarray(labels, np.int64)  # [n]
         self.class_names = tuple(class_names)
         self.fingerprint = hashlib.sha256(pixels.tobytes() + self.labels.tobytes()).hexdigest()
@@ -196,10 +246,18 @@ class ArrayImages:
         return len(self._pixels)
 
     def where(self, i: int) -> str:
-        return f"{self._title}, image {i}"
+        return f"{self._title}, image {self._before + i}"
 
     def __getitem__(self, i: int) -> Item:
         return Item(Image.fromarray(self._pixels[i]), int(self.labels[i]), self.where(i))
+
+    def some(self, first: int, stop: int) -> ArrayImages:
+        part = copy.copy(self)
+        part._before, part._pixels, part.labels = self._before + first, self._pixels[first:stop], self.labels[first:stop]
+        return part
+
+    def require_there(self) -> None:
+        """They travel with the object."""
 
 
 def _decode(source: str | BinaryIO, where: str) -> Image.Image:
@@ -211,6 +269,15 @@ def _decode(source: str | BinaryIO, where: str) -> Image.Image:
     except Exception as error:
         said = re.sub(r" *<[^<>]* at 0x[0-9a-f]+>", "", str(error))  # an object's address is another one every time
         raise BadImage(where, f"{type(error).__name__}: {said}") from error
+
+
+def _require_size(path: str, size: int) -> None:
+    try:
+        found = os.path.getsize(path)
+    except OSError as error:
+        raise DataError(f"{_printable(path)}: cannot be read here ({error.strerror})") from None
+    if found != size:
+        raise DataError(f"{_printable(path)}: {found} bytes here, {size} where the images were listed; it is not the same data")
 
 
 def _check_labels(images: FileImages | ParquetImages | ArrayImages) -> None:

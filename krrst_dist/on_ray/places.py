@@ -1,4 +1,4 @@
-"""Where a grid's or a run's files are, and betons of the data sets that it reads: made once, found by all nodes.
+"""Where a grid's or a run's files are, and the prepared data sets that it reads: made once, found by all nodes.
 
 Knows folders and URIs; not what is done with the images.
 """
@@ -41,12 +41,12 @@ class Places:
 
 
 def prepared_source(config: Config, places: Places) -> Prepared:
-    """The beton of a run's source."""
+    """A run's source, prepared."""
     return prepared_split(config.source.dataset, "train", places, resolution=config.source.resolution, resize=config.source.resize)
 
 
 def prepared_split(name: str, split: Literal["train", "test"], places: Places, **how: Any) -> Prepared:
-    """One split's beton, put where the other nodes get it from. how: the settings of `prepare`."""
+    """One split, prepared and put where the other nodes get it from. how: the settings of `prepare`."""
     prepared = prepare(name, split, root=places.data, directory=places.cache.local, **how)
-    places.cache.publish(prepared.path, prepared.sidecar)
+    places.cache.publish(*prepared.files, prepared.path)
     return prepared

@@ -41,11 +41,10 @@ def views_of(config: Config) -> int:
     return getattr(config.distill, "views", 0)
 
 
-def _represent(config: Config, cache: Cache, beton: Path, model: str, fingerprint: str, path: Path) -> None:
+def _represent(config: Config, cache: Cache, manifest: Path, model: str, fingerprint: str, path: Path) -> None:
     """Compute the side file on whichever node this task runs on."""
     torch.set_num_threads(config.engine.threads)
-    cache.fetch(beton, beton.with_suffix(".json"))
-    prepared = Prepared.open(beton)
+    prepared = cache.fetch_prepared(manifest)
     device = assembly.device(config.engine)
     network = load_target(model, resolution=prepared.resolution).to(device, memory_format=torch.channels_last)
 
