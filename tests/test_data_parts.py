@@ -155,7 +155,8 @@ def test_parts_that_were_exchanged_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("change", "field"), [
     ({"name": "../../etc/x.beton"}, "name"), ({"name": "/etc/x.beton"}, "name"), ({"name": "a.npy"}, "name"),
-    ({"checksum": "none"}, "checksum"), ({"count": -1}, "count"), ({"total": [1, 2]}, "total"), ({"squares": [0.5, 1, 1]}, "squares")], ids=str)
+    ({"checksum": "none"}, "checksum"), ({"count": -1}, "count"), ({"total": [1, 2]}, "total"),
+    ({"squares": [0.5, 1, 1]}, "squares")], ids=str)
 def test_a_part_that_cannot_be_is_refused_by_the_field(change, field, tmp_path):
     prepared = prepare_holiday(holiday(tmp_path), tmp_path / "out")
     told = json.loads(prepared.path.read_text())

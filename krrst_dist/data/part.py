@@ -15,7 +15,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from pydantic import TypeAdapter
 from krrst_dist import storage
 from krrst_dist.data import integrity
 from krrst_dist.data.beton import write_beton
+from krrst_dist.data.cache import Cache
 from krrst_dist.data.errors import BadImage, DataError
 from krrst_dist.data.images import resize, to_rgb
 from krrst_dist.data.lock import alone
@@ -45,7 +46,8 @@ Watch = Callable[[int], None]
 class PartJob:
     """A part to be written, by whichever process and node."""
 
-    path: Path
+    cache: Cache
+    name: str
     """of the beton"""
     images: Images
     first: int
@@ -57,6 +59,10 @@ class PartJob:
     """bad images are left out; otherwise the first one is an error"""
 
     @property
+    def path(self) -> Path:
+        return self.cache.local / self.name
+
+    @property
     def note(self) -> Path:
         return self.path.with_name(self.path.name + ".json")
 
@@ -65,20 +71,22 @@ class PartJob:
         return len(self.images) * bytes_an_image(self.resolution, self.encoding)
 
     def finished(self, known: Part | None = None) -> Part | None:
-        """What was written, where the beton is whole; known: what a manifest says of it, where there is no note. A beton that is
-        not as it was written does not count."""
+        """What was written, where the beton is whole, here or at the cache's remote place; known: what a manifest says of it, where
+        there is no note. A beton that is not as it was written does not count."""
         try:
-            part = TypeAdapter(Part).validate_json(self.note.read_bytes()) if self.note.exists() else known
-            if part is None or (part.name, part.first, part.found) != (self.path.name, self.first, len(self.images)):
+            note = self._read_note()
+            part = known if note is None else TypeAdapter(Part).validate_json(note)
+            if part is None or (part.name, part.first, part.found) != (self.name, self.first, len(self.images)):
                 return None
-            part.check(self.path.parent, self.resolution)
+            if part.count:
+                self.cache.require_part(self.path, part, self.resolution)
         except ValueError as error:
             log.info("%s is written anew: %s", self.path, error)
             return None
         return part
 
     def write(self, *, threads: int | None = None, watch: Watch = lambda done: None) -> Part:
-        """Write the beton and its note, or find that it has been done. threads: that decode; default: one a CPU, up to 16.
+        """Write the beton and its note and publish them, or find that it has been done. threads: that decode; default: one a CPU, up to 16.
 
         Raises DataError (damaged data; too little space), StorageError (the folder cannot be written).
         """
@@ -87,20 +95,36 @@ class PartJob:
             part = self.finished()
             if part is None:
                 self.note.unlink(missing_ok=True)
-                with _work_folder(self.path, bytes_needed=self.bytes_needed) as work:
-                    decoded, bad = self._write(work / self.path.name, threads or min(16, os.cpu_count() or 1), watch)
+                self.cache.make_room(self.path, self.bytes_needed, doing="preparing")
+                with _work_folder(self.path) as work:
+                    decoded, bad = self._write(work / self.name, threads or min(16, os.cpu_count() or 1), watch)
                     if decoded is not None:
-                        os.replace(work / self.path.name, self.path)
+                        os.replace(work / self.name, self.path)
                 part = self._describe(decoded, tuple(bad[i] for i in sorted(bad)))
                 if part.count:
                     storage.write_whole(self.note, (json.dumps(asdict(part), indent=1) + "\n").encode())
+                    self.cache.publish(self.path, self.note, anew=True)
         watch(len(self.images))
         return part
 
+    def forget_note(self) -> None:
+        """Once the manifest has all that is in it."""
+        self.note.unlink(missing_ok=True)
+        if self.cache.remote is not None:
+            storage.delete(self.cache.uri(self.note))
+
+    def _read_note(self) -> bytes | None:
+        if self.note.exists():
+            return self.note.read_bytes()
+        if self.cache.remote is None:
+            return None
+        with suppress(FileNotFoundError):
+            return storage.read_whole(self.cache.uri(self.note))
+
     def _describe(self, decoded: _Decoded | None, bad: tuple[str, ...]) -> Part:
         if decoded is None:
-            return Part(self.path.name, self.first, 0, 0, integrity.named(0), (0, 0, 0), (0, 0, 0), bad)
-        return Part(self.path.name, self.first, len(decoded), self.path.stat().st_size, integrity.seal(self.path),
+            return Part(self.name, self.first, 0, 0, integrity.named(0), (0, 0, 0), (0, 0, 0), bad)
+        return Part(self.name, self.first, len(decoded), self.path.stat().st_size, integrity.seal(self.path),
                     tuple(decoded.total.tolist()), tuple(decoded.squares.tolist()), bad)
 
     def _write(self, file: Path, threads: int, watch: Watch) -> tuple[_Decoded | None, dict[int, str]]:
@@ -183,21 +207,12 @@ def bytes_an_image(resolution: int, encoding: str) -> int:
     return resolution * resolution * 3 // (1 if encoding == "raw" else 4)
 
 
-def require_room(folder: Path, bytes_needed: int) -> None:
-    """Raise DataError where the disk is too full."""
-    free = shutil.disk_usage(folder).free
-    if free < bytes_needed:
-        raise DataError(f"{folder}: {storage.in_words(free)} free, but preparing takes {storage.in_words(bytes_needed)}; free some, "
-                        f"or choose another --cache")
-
-
 @contextmanager
-def _work_folder(path: Path, *, bytes_needed: int) -> Iterator[Path]:
+def _work_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path`, emptied of what a killed run left and removed at the end. A full disk, or something in the way, becomes
     a DataError."""
     work = path.with_name(f".{path.stem}.work")
     shutil.rmtree(work, ignore_errors=True)
-    require_room(path.parent, bytes_needed)
     try:
         work.mkdir()
         yield work

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from krrst_dist import storage
 from krrst_dist.config import ConfigError, nearest
+from krrst_dist.data.cache import Cache
 from krrst_dist.data.errors import DataError
 from krrst_dist.data.images import RESIZE_MODES
 from krrst_dist.data.lock import alone
-from krrst_dist.data.part import PartJob, Watch, bytes_an_image, require_room
+from krrst_dist.data.part import PartJob, Watch, bytes_an_image
 from krrst_dist.data.prepared import Part, Prepared
 from krrst_dist.data.readers import Images
 from krrst_dist.data.sources import open_images, spec
@@ -40,7 +41,7 @@ Writers = Callable[[Sequence[PartJob], Watch], Iterable[Part]]
 
 def prepare(name: str, split: Literal["train", "test"], *, root: Path, directory: Path, resolution: int,
             resize: Literal["crop", "squash"] = "crop", on_bad_image: Literal["stop", "skip"] = "stop", images: Images | None = None,
-            progress: bool = True, writers: Writers | None = None) -> Prepared:
+            progress: bool = True, remote: str | None = None, writers: Writers | None = None) -> Prepared:
     """Prepare one split of a data set, or find that it has been done.
 
     Args:
@@ -50,6 +51,7 @@ def prepare(name: str, split: Literal["train", "test"], *, root: Path, directory
         on_bad_image: stop at the first image that cannot be decoded, or skip such images and list them in the manifest.
         images: what `open_images` found of this split, where it has been asked already.
         progress: show it on stderr.
+        remote: where parts and manifest are published, and taken from where they are there already; see `Cache`.
         writers: who writes the parts that are missing; default: this process.
 
     Raises:
@@ -66,31 +68,32 @@ def prepare(name: str, split: Literal["train", "test"], *, root: Path, directory
     encoding = _encoding(resolution)
     fingerprint = prepared_fingerprint(images, resolution=resolution, resize=resize, on_bad_image=on_bad_image)
     stem = f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}-{split}-{resolution}-{resize}-{fingerprint[:12]}"
-    path = Path(directory) / f"{stem}.json"
+    cache = Cache(Path(directory), remote)
+    path = cache.local / f"{stem}.json"
 
     def tell(message: str) -> None:
         if progress:
             print(f"krrst: {message}", file=sys.stderr)
 
     def there() -> Prepared:
-        prepared = Prepared.open(path)
+        prepared = cache.describe(path)
         tell(f"{name} {split} at {resolution} px is prepared already: {path} ({prepared.count} images)")
         return prepared
 
-    if path.exists():  # it is whole where it is there: no lock is needed, nor a folder that can be written
+    if cache.holds(path):  # it is whole where it is there: no lock is needed, nor a folder that can be written
         with suppress(DataError):
             return there()
     _check_writable(path.parent)
     with alone(path, tell):
         known = {}
-        if path.exists():
+        if cache.holds(path):
             try:
                 return there()
             except DataError as error:
                 tell(f"preparing anew, as what is there cannot be used: {error}")
             with suppress(DataError):
                 known = {part.name: part for part in Prepared.load(path).parts}
-        jobs = [PartJob(path.with_name(file), images.some(first, stop), first, resolution, resize, encoding, on_bad_image == "skip")
+        jobs = [PartJob(cache, file, images.some(first, stop), first, resolution, resize, encoding, on_bad_image == "skip")
                 for file, first, stop in _cut(stem, len(images), resolution, encoding)]
         parts = _write_missing(jobs, known, writers or in_this_process, title=f"{name} {split}", progress=progress)
         mean, std = _statistics(parts, resolution)
@@ -98,8 +101,10 @@ def prepare(name: str, split: Literal["train", "test"], *, root: Path, directory
             path=path, resolution=resolution, resize=resize, encoding=encoding, mean=mean, std=std, class_names=images.class_names,
             labelled=images.labelled, name=name, split=split, official_count=official, fingerprint=fingerprint, parts=tuple(parts))
         prepared.save()
+        cache.publish(*(file for file in prepared.files if file.exists()))
+        cache.publish(path, anew=True)
         for job in jobs:
-            job.note.unlink(missing_ok=True)  # all is in the manifest
+            job.forget_note()
     if prepared.bad_images:
         tell(f"skipped {len(prepared.bad_images)} bad images, listed in {path}; the first: {prepared.bad_images[0]}")
     if official not in (None, len(images)):
@@ -115,7 +120,7 @@ def prepared_fingerprint(images: Images, *, resolution: int, resize: str, on_bad
 
 def in_this_process(jobs: Sequence[PartJob], watch: Watch) -> Iterator[Part]:
     """`Writers`: one part after the other, once there is known to be room for all."""
-    require_room(jobs[0].path.parent, sum(job.bytes_needed for job in jobs))
+    jobs[0].cache.make_room(jobs[0].path, sum(job.bytes_needed for job in jobs), doing="preparing")
     before = 0
     for job in jobs:
         yield job.write(watch=lambda done, before=before: watch(before + done))
@@ -136,8 +141,8 @@ def _cut(stem: str, count: int, resolution: int, encoding: str) -> list[tuple[st
 
 def _write_missing(jobs: Sequence[PartJob], known: dict[str, Part], writers: Writers, *, title: str, progress: bool) -> list[Part]:
     """All parts, those written that are not finished."""
-    found = {job.path.name: job.finished(known.get(job.path.name)) for job in jobs}
-    missing = [job for job in jobs if found[job.path.name] is None]
+    found = {job.name: job.finished(known.get(job.name)) for job in jobs}
+    missing = [job for job in jobs if found[job.name] is None]
     total, left = (sum(len(job.images) for job in some) for some in (jobs, missing))
     with tqdm(total=total, initial=total - left, unit=" images", desc=title, disable=not progress) as bar:
 
@@ -149,7 +154,7 @@ def _write_missing(jobs: Sequence[PartJob], known: dict[str, Part], writers: Wri
     if not any(part.count for part in found.values()):
         bad = [bad for part in found.values() for bad in part.bad_images]
         raise DataError(f"{title}: none of the {len(bad)} images can be decoded; the first: {bad[0]}")
-    return [found[job.path.name] for job in jobs]
+    return [found[job.name] for job in jobs]
 
 
 def _statistics(parts: Sequence[Part], resolution: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

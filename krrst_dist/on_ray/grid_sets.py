@@ -104,7 +104,7 @@ def _code(config: Config, places: Places) -> str:
 
 def _real_images(make: str, config: Config, places: Places, *, wait: bool) -> DistilledSet:
     pipeline.run_stages(config, places, wait=wait, until="target")
-    prepared = prepared_source(config, places)
+    prepared = prepared_source(config, places, wait=wait)
     target_file = targets.compute(config, prepared, places.cache, wait=wait)
     source = Source.of(config, places.cache.fetch_prepared(prepared.path), target_file)
     made = MADE[make](config, source)
