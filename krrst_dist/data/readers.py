@@ -29,6 +29,7 @@ from PIL import Image
 from krrst_dist.data.errors import BadImage, DataError
 
 UNLABELLED = -1
+_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 UNNAMED_UP_TO = 10_000
 """classes without names, called by their number, that a data set may have whatever its size; beyond it no more than images"""
 
@@ -57,6 +58,10 @@ class Images(Protocol):
 
     def __getitem__(self, i: int) -> Item: ...
 
+    def where(self, i: int) -> str:
+        """An image's file and place in it, for people."""
+        ...
+
     def some(self, first: int, stop: int) -> Images:
         """The images from `first` to before `stop`, with the fingerprint of all; small where the images are in files."""
         ...
@@ -82,8 +87,8 @@ class FileImages:
         self._folder, self._files = str(folder), list(files)
         self.labelled = labels is not None
         self.labels = np.full(len(self._files), UNLABELLED) if labels is None else np.asarray(labels, np.int64)  # [n]
-        self.class_names = tuple(map(_printable, class_names))
-        _check_labels(self)
+        self.class_names = tuple(map(printable, class_names))
+        check_labels(self)
         self._unreadable: dict[int, str] = {}  # image -> why
         digest = hashlib.sha256()
         self._sizes: list[int | None] = []
@@ -97,13 +102,13 @@ class FileImages:
         return len(self._files)
 
     def where(self, i: int) -> str:
-        return _printable(os.path.join(self._folder, self._files[i]))
+        return printable(os.path.join(self._folder, self._files[i]))
 
     def __getitem__(self, i: int) -> Item:
         where = self.where(i)
         if i in self._unreadable:
             raise BadImage(where, self._unreadable[i])
-        return Item(_decode(os.path.join(self._folder, self._files[i]), where), int(self.labels[i]), where)
+        return Item(decode(os.path.join(self._folder, self._files[i]), where), int(self.labels[i]), where)
 
     def some(self, first: int, stop: int) -> FileImages:
         part = copy.copy(self)
@@ -114,7 +119,7 @@ class FileImages:
     def require_there(self) -> None:
         for i, size in enumerate(self._sizes):
             if size is not None:
-                _require_size(os.path.join(self._folder, self._files[i]), size)
+                require_size(os.path.join(self._folder, self._files[i]), size)
 
     def _size(self, i: int, path: str) -> int | None:
         """Bytes of a file, None where it cannot be read as one. Raises DataError when it is missing."""
@@ -122,8 +127,8 @@ class FileImages:
             found = os.stat(path)
         except FileNotFoundError:
             if not os.path.islink(path):
-                raise DataError(f"{_printable(path)}: missing, though the data set lists it; complete the copy") from None
-            self._unreadable[i] = f"a link to {_printable(os.readlink(path))}, which is not there"
+                raise DataError(f"{printable(path)}: missing, though the data set lists it; complete the copy") from None
+            self._unreadable[i] = f"a link to {printable(os.readlink(path))}, which is not there"
         except OSError as error:
             self._unreadable[i] = error.strerror
         else:
@@ -160,10 +165,10 @@ class ParquetImages:
         self.labelled = "label" in schema.names
         if self.labelled:
             self.labels = np.concatenate([_label_column(*pair) for pair in zip(self._paths, files, strict=True)])  # [n]
-            self.class_names = _class_names(self._paths[0], schema) or self._numbers()
+            self.class_names = _class_names(self._paths[0], schema) or numbered_classes(self)
         else:
             self.labels, self.class_names = np.full(sum(rows), UNLABELLED), ()
-        _check_labels(self)
+        check_labels(self)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -178,7 +183,7 @@ class ParquetImages:
         payload = row and row["bytes"]
         if payload is None:
             raise BadImage(where, "the row holds no bytes")
-        return Item(_decode(io.BytesIO(payload), where), int(self.labels[i]), where)
+        return Item(decode(io.BytesIO(payload), where), int(self.labels[i]), where)
 
     def some(self, first: int, stop: int) -> ParquetImages:
         part = object.__new__(ParquetImages)
@@ -188,7 +193,7 @@ class ParquetImages:
 
     def require_there(self) -> None:
         for file in range(self._place(0)[0], self._place(len(self) - 1)[0] + 1):
-            _require_size(str(self._paths[file]), self._sizes[file])
+            require_size(str(self._paths[file]), self._sizes[file])
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_lock", "_kept", "_files")}
@@ -204,15 +209,6 @@ class ParquetImages:
         """File and row of an image."""
         file = int(np.searchsorted(self._first_rows, self._before + i, side="right")) - 1
         return file, int(self._before + i - self._first_rows[file])
-
-    def _numbers(self) -> tuple[str, ...]:
-        """Classes called by their number. Raises DataError for a label that counts no classes: it would make as many names."""
-        highest, most = int(self.labels.max(initial=-1)), max(len(self), UNNAMED_UP_TO)
-        if highest >= most:
-            raise DataError(f"{self.where(int(self.labels.argmax()))}: label {highest} is too high for the number of a class: {len(self)} "
-                            f"images without class names may have at most {most} classes (0 to {most - 1}); correct it, number the "
-                            f"classes from 0, or give class_names in the schema's metadata")
-        return tuple(str(c) for c in range(highest + 1))
 
     def _column(self, group: int) -> pa.ChunkedArray:
         """The images of one row group."""
@@ -240,7 +236,7 @@ class ArrayImages:
         self.labels = np.asarray(labels, np.int64)  # [n]
         self.class_names = tuple(class_names)
         self.fingerprint = hashlib.sha256(pixels.tobytes() + self.labels.tobytes()).hexdigest()
-        _check_labels(self)
+        check_labels(self)
 
     def __len__(self) -> int:
         return len(self._pixels)
@@ -260,7 +256,12 @@ class ArrayImages:
         """They travel with the object."""
 
 
-def _decode(source: str | BinaryIO, where: str) -> Image.Image:
+def is_image(name: str) -> bool:
+    """By a file's base name."""
+    return name.lower().endswith(_IMAGE_ENDINGS) and not name.startswith(".")
+
+
+def decode(source: str | BinaryIO, where: str) -> Image.Image:
     """Decode a whole image. Raises BadImage, whatever the decoder trips over: it raises a dozen kinds of error."""
     try:
         with Image.open(source) as image:
@@ -271,16 +272,27 @@ def _decode(source: str | BinaryIO, where: str) -> Image.Image:
         raise BadImage(where, f"{type(error).__name__}: {said}") from error
 
 
-def _require_size(path: str, size: int) -> None:
+def numbered_classes(images: Images) -> tuple[str, ...]:
+    """Classes called by their number. Raises DataError for a label that counts no classes: it would make as many names."""
+    highest, most = int(images.labels.max(initial=-1)), max(len(images), UNNAMED_UP_TO)
+    if highest >= most:
+        raise DataError(f"{images.where(int(images.labels.argmax()))}: label {highest} is too high for the number of a class: "
+                        f"{len(images)} images without class names may have at most {most} classes (0 to {most - 1}); correct it, number "
+                        f"the classes from 0, or, in Parquet, give class_names in the schema's metadata")
+    return tuple(str(c) for c in range(highest + 1))
+
+
+def require_size(path: str, size: int) -> None:
+    """Raise DataError unless a file is there and of this size."""
     try:
         found = os.path.getsize(path)
     except OSError as error:
-        raise DataError(f"{_printable(path)}: cannot be read here ({error.strerror})") from None
+        raise DataError(f"{printable(path)}: cannot be read here ({error.strerror})") from None
     if found != size:
-        raise DataError(f"{_printable(path)}: {found} bytes here, {size} where the images were listed; it is not the same data")
+        raise DataError(f"{printable(path)}: {found} bytes here, {size} where the images were listed; it is not the same data")
 
 
-def _check_labels(images: FileImages | ParquetImages | ArrayImages) -> None:
+def check_labels(images: Images) -> None:
     """Raise DataError for the first label that is no class."""
     if not images.labelled:
         return
@@ -333,6 +345,6 @@ def _class_names(path: Path, schema: pa.Schema) -> tuple[str, ...] | None:
     return tuple(names) or None
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """A file's name as it can be shown and stored, whatever bytes it is made of."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
