@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -32,7 +33,8 @@ COUNT, PARTS = 40, 6
 
 @pytest.fixture(scope="module", autouse=True)
 def nodes() -> Iterator[list[str]]:
-    """Two nodes of one CPU."""
+    """Two nodes of one CPU, which get the classes of this file by value."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     node = {"num_cpus": 1, "object_store_memory": 100_000_000}
     made = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
     made.add_node(**node)

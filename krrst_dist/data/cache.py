@@ -81,11 +81,12 @@ class Cache:
         if self.remote is None:
             self._require([] if manifest.exists() else [manifest])
             return Prepared.open(manifest)
-        with self._alone():  # until it is in use: nobody else makes room meanwhile
+        with suppress(DataError):  # once it is in use, nobody makes room of it
+            return self._open(manifest)
+        with self._alone():
             self._copy([manifest])
             self._copy(files := Prepared.load(manifest).files, files)
-            self._mark_used(manifest)
-            return Prepared.open(manifest)
+            return self._open(manifest)
 
     def make_room(self, path: Path, size: int, *, doing: str = "fetching") -> None:
         """See to it that `size` bytes are free for `path` and what belongs to it. Raises DataError."""
@@ -123,6 +124,11 @@ class Cache:
             except DataError:
                 path.unlink(missing_ok=True)
                 raise
+
+    def _open(self, manifest: Path) -> Prepared:
+        prepared = Prepared.open(manifest)
+        self._mark_used(manifest)
+        return prepared
 
     def _require(self, missing: Iterable[Path]) -> None:
         for path in missing:

@@ -190,7 +190,8 @@ def _able(jobs: Sequence[PartJob]) -> list[_Node]:
     job = replace(jobs[0], images=jobs[0].images.some(0, min(_LOOKED_AT, len(jobs[0].images))))
     with _probe(job) as probe:
         asked = {node: _look.options(scheduling_strategy=_at(node.id)).remote(job, probe) for node in nodes}
-        ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER)
+        if asked:
+            ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER)
         why = {node: _answer(reference) for node, reference in asked.items()}
     for node, reason in why.items():
         if reason is not None:
