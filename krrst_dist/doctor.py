@@ -117,7 +117,7 @@ def write_and_read_a_beton() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "tiny.beton")
         write_beton(path, [(image, 0) for image in images], resolution=16, encoding="raw", progress=False)
-        decoder = BetonDecoder(path, count=8, batch=8, threads=1)
+        decoder = BetonDecoder([(path, 8)])
         read = decoder.read(np.arange(8))[0]
         decoder.close()
     if not np.array_equal(read, images):

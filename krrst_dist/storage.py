@@ -127,12 +127,19 @@ def delete_tree(uri: str | Path) -> None:
             system.delete_dir(name)
 
 
+def delete(uri: str | Path) -> None:
+    """Delete a file; nothing happens when there is none."""
+    with _explained("delete", uri):
+        system, name = _open(uri)
+        if system.get_file_info(name).type == fs.FileType.File:
+            system.delete_file(name)
+
+
 def check_writable(uri: str | Path) -> None:
     """Write and remove a small file there, so that a run finds out now and not at its first checkpoint."""
     probe = join(uri, f"write-test-{uuid.uuid4().hex}")
     write_whole(probe, b"krrst")
-    system, name = _open(probe)
-    system.delete_file(name)
+    delete(probe)
 
 
 def in_words(size: int) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from betons import beton_of
 from PIL import Image
 
 from krrst_dist import storage
@@ -33,11 +34,15 @@ from krrst_dist.data.sources import open_images, spec
 
 def stored(prepared: Prepared) -> tuple[list[bytes], np.ndarray]:
     """The bytes of each stored image and the labels int64 [n], read without FFCV."""
-    content = prepared.path.read_bytes()
-    header = np.frombuffer(content, beton.HEADER, 1)[0]
-    samples = np.frombuffer(content, beton.SAMPLE, prepared.count, beton.HEADER.itemsize + len(beton.FIELDS) * beton.FIELD.itemsize)
-    table = np.frombuffer(content, beton.ALLOCATION, prepared.count, int(header["table"]))
-    return [content[row["start"]:row["start"] + row["size"]] for row in table], samples["label"]
+    payloads, labels = [], []
+    for path, part in prepared.files.items():
+        content = path.read_bytes()
+        header = np.frombuffer(content, beton.HEADER, 1)[0]
+        samples = np.frombuffer(content, beton.SAMPLE, part.count, beton.HEADER.itemsize + len(beton.FIELDS) * beton.FIELD.itemsize)
+        table = np.frombuffer(content, beton.ALLOCATION, part.count, int(header["table"]))
+        payloads += [content[row["start"]:row["start"] + row["size"]] for row in table]
+        labels.append(samples["label"])
+    return payloads, np.concatenate(labels)
 
 
 def visible(directory: Path) -> list[str]:
@@ -106,7 +111,7 @@ def test_the_statistics_of_cifar100_are_the_published_ones(shared_data, tmp_path
 def test_the_sidecar_gives_everything_back(tmp_path):
     prepared = prepare("digits-0-4", "test", root=tmp_path, directory=tmp_path, resolution=16, progress=False)
     assert Prepared.open(prepared.path) == prepared
-    assert json.loads(prepared.sidecar.read_text())["class_names"] == ["0", "1", "2", "3", "4"]
+    assert json.loads(prepared.path.read_text())["class_names"] == ["0", "1", "2", "3", "4"]
 
 
 def test_own_images_are_prepared_without_labels(tmp_path):
@@ -120,11 +125,11 @@ def test_own_images_are_prepared_without_labels(tmp_path):
 
 def test_a_second_call_finds_the_file_and_says_so_in_one_line(tmp_path, capsys):
     first = prepare("digits-5-9", "train", root=tmp_path, directory=tmp_path, resolution=8, progress=False)
-    written = first.path.stat().st_mtime_ns
+    written = beton_of(first).stat().st_mtime_ns
     capsys.readouterr()
     again = prepare("digits-5-9", "train", root=tmp_path, directory=tmp_path, resolution=8)
     lines = capsys.readouterr().err.splitlines()
-    assert again == first and again.path.stat().st_mtime_ns == written
+    assert again == first and beton_of(again).stat().st_mtime_ns == written
     assert len(lines) == 1 and "is prepared already" in lines[0] and str(first.path) in lines[0]
 
 
@@ -139,33 +144,33 @@ def test_other_data_or_settings_are_another_file(tmp_path):
 
 def test_the_same_data_gives_the_same_bytes(tmp_path):
     first, second = (prepare_holiday(holiday(tmp_path / name), tmp_path / name / "out") for name in "ab")
-    assert first.path.name == second.path.name and first.path.read_bytes() == second.path.read_bytes()
-    assert first.sidecar.read_bytes() == second.sidecar.read_bytes()
+    assert first.path.name == second.path.name and beton_of(first).read_bytes() == beton_of(second).read_bytes()
+    assert first.path.read_bytes() == second.path.read_bytes()
 
 
 def test_a_truncated_or_foreign_beton_is_refused_when_opened_and_replaced_when_prepared(tmp_path, capsys):
     root, out = holiday(tmp_path), tmp_path / "out"
     prepared = prepare_holiday(root, out)
-    whole = prepared.path.read_bytes()
+    whole = beton_of(prepared).read_bytes()
     for wrong, complaint in [(whole[:-100], "truncated, or another file"), (b"\0" * len(whole), "not a beton")]:
-        prepared.path.write_bytes(wrong)
+        beton_of(prepared).write_bytes(wrong)
         with pytest.raises(DataError, match=complaint):
             Prepared.open(prepared.path)
         prepare_holiday(root, out, progress=True)
-        assert "preparing anew" in capsys.readouterr().err and prepared.path.read_bytes() == whole
+        assert "preparing anew" in capsys.readouterr().err and beton_of(prepared).read_bytes() == whole
 
 
 def test_a_beton_with_one_changed_pixel_is_refused_when_opened_and_replaced_when_prepared(tmp_path, capsys):
     root, out = holiday(tmp_path), tmp_path / "out"
     prepared = prepare_holiday(root, out)
-    whole = prepared.path.read_bytes()
+    whole = beton_of(prepared).read_bytes()
     pixel = whole.index(stored(prepared)[0][2]) + 100
-    prepared.path.write_bytes(whole[:pixel] + bytes([whole[pixel] ^ 1]) + whole[pixel + 1:])
+    beton_of(prepared).write_bytes(whole[:pixel] + bytes([whole[pixel] ^ 1]) + whole[pixel + 1:])
     with pytest.raises(DataError, match=r"\.beton: damaged: its bytes are not those that were written \(crc32:.*, its sidecar says crc32:.*"
                                         r"\); delete it and run `krrst prepare` again"):
         Prepared.open(prepared.path)
     prepare_holiday(root, out, progress=True)
-    assert "preparing anew" in capsys.readouterr().err and prepared.path.read_bytes() == whole
+    assert "preparing anew" in capsys.readouterr().err and beton_of(prepared).read_bytes() == whole
 
 
 @pytest.fixture
@@ -180,21 +185,22 @@ def reads(tmp_path, monkeypatch) -> list[Path]:
 
 def test_a_beton_is_compared_with_its_checksum_once_an_hour_on_each_node(tmp_path, monkeypatch, reads):
     path = prepare_holiday(holiday(tmp_path), tmp_path / "out").path
-    assert reads == [path]  # when it was written
+    whole = [path.with_suffix(".beton")]
+    assert reads == whole  # when it was written
     for _ in range(3):
         Prepared.open(path)
     code = f"from pathlib import Path; from krrst_dist.data import integrity; integrity.crc32 = None; " \
            f"from krrst_dist.data.prepared import Prepared; Prepared.open(Path({str(path)!r}))"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"TMPDIR": str(tmp_path / "node")})
-    assert reads == [path]
+    assert reads == whole
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 3601)
     Prepared.open(path)
     Prepared.open(path)
-    assert reads == [path] * 2
+    assert reads == whole * 2
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "out"))  # another node
     Prepared.open(path)
-    assert reads == [path] * 3
+    assert reads == whole * 3
 
 
 def test_where_nothing_can_be_noted_every_process_looks_for_itself(tmp_path, monkeypatch, reads):
@@ -209,32 +215,32 @@ def test_where_nothing_can_be_noted_every_process_looks_for_itself(tmp_path, mon
 @pytest.mark.parametrize("content", ["", "[]", '{"count": 3}', '{"count": 5, "more": 1}'])
 def test_a_sidecar_that_describes_no_data_is_refused(content, tmp_path):
     prepared = prepare_holiday(holiday(tmp_path), tmp_path / "out")
-    prepared.sidecar.write_text(content)
+    prepared.path.write_text(content)
     with pytest.raises(DataError, match="does not describe a prepared data set"):
         Prepared.open(prepared.path)
 
 
 @pytest.mark.parametrize("change", [
     {"std": [0, 0.2, 0.2]}, {"std": [0.2, float("inf"), 0.2]}, {"mean": [0.5, 0.5]}, {"mean": "gray"}, {"mean": [float("nan")] * 3},
-    {"count": "all"}, {"count": 0}, {"resolution": 16.5}, {"labelled": "perhaps"}, {"class_names": [1]}, {"fingerprint": None},
-    {"checksum": "none"}, {"encoding": "webp"}, {"resize": "fit"}, {"split": "val"}], ids=str)
+    {"parts": "all"}, {"parts": []}, {"resolution": 16.5}, {"labelled": "perhaps"}, {"class_names": [1]}, {"fingerprint": None},
+    {"encoding": "webp"}, {"resize": "fit"}, {"split": "val"}], ids=str)
 def test_a_sidecar_with_a_value_that_cannot_be_is_refused_by_the_field(change, tmp_path):
     prepared = prepare_holiday(holiday(tmp_path), tmp_path / "out")
-    prepared.sidecar.write_text(json.dumps(json.loads(prepared.sidecar.read_text()) | change))
+    prepared.path.write_text(json.dumps(json.loads(prepared.path.read_text()) | change))
     with pytest.raises(DataError, match=rf"\.json: does not describe a prepared data set \({next(iter(change))}.* `krrst prepare` again"):
         Prepared.open(prepared.path)
 
 
 def test_a_sidecar_of_another_resolution_than_its_betons_is_refused(tmp_path):
     prepared = prepare_holiday(holiday(tmp_path), tmp_path / "out")
-    prepared.sidecar.write_text(prepared.sidecar.read_text().replace('"resolution": 16', '"resolution": 32'))
+    prepared.path.write_text(prepared.path.read_text().replace('"resolution": 16', '"resolution": 32'))
     with pytest.raises(DataError, match="holds images of 16 x 16 pixels where 32 a side are expected; delete it"):
         Prepared.open(prepared.path)
 
 
 def test_a_beton_without_its_sidecar_does_not_count(tmp_path):
     prepared = prepare_holiday(holiday(tmp_path), tmp_path / "out")
-    prepared.sidecar.unlink()
+    prepared.path.unlink()
     with pytest.raises(DataError, match=r"\.json: not there; run `krrst prepare`"):
         Prepared.open(prepared.path)
 
@@ -328,10 +334,11 @@ def test_no_decoding_thread_outlives_the_preparation(tmp_path, damaged):
 def test_a_folder_in_the_way_of_the_file_is_named(tmp_path):
     root, out = holiday(tmp_path), tmp_path / "out"
     prepared = prepare_holiday(root, out)
-    prepared.sidecar.unlink()
     prepared.path.unlink()
-    prepared.path.mkdir()
-    with pytest.raises(DataError, match=rf"out: cannot write {prepared.path.name} \(Is a directory\); check .* in the way, or .* --cache"):
+    beton_of(prepared).unlink()
+    beton_of(prepared).mkdir()
+    name = beton_of(prepared).name
+    with pytest.raises(DataError, match=rf"out: cannot write {name} \(Is a directory\); check .* in the way, or .* --cache"):
         prepare_holiday(root, out)
 
 
@@ -394,7 +401,7 @@ def test_a_killed_run_leaves_nothing_that_counts_and_the_next_one_sweeps_up(shar
     left = visible(tmp_path)
     assert len(left) == 1 and left[0].endswith(".work")
     prepared = prepare("tinyimagenet", "test", root=shared_data, directory=tmp_path, resolution=64, progress=False)
-    assert prepared.count == 5_000 and visible(tmp_path) == sorted([prepared.path.name, prepared.sidecar.name])
+    assert prepared.count == 5_000 and visible(tmp_path) == sorted([beton_of(prepared).name, prepared.path.name])
 
 
 def test_two_processes_that_want_the_same_file_write_it_once(shared_data, tmp_path):

@@ -12,16 +12,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from betons import Items, describe, prepared_beton, real_images
+from betons import Items, beton_of, describe, prepared_beton, real_images
 
 from krrst_dist.config import ConfigError
 from krrst_dist.data.beton import ALLOCATION, FIELD, HEADER, JPEG, PAGE_SIZE, RAW, SAMPLE, check_beton, write_beton
 from krrst_dist.data.errors import DataError
+from krrst_dist.data.lock import unused
 from krrst_dist.data.memory_reader import MemoryReader
 from krrst_dist.data.normalise import normalise
 from krrst_dist.data.order import shard_indices
 from krrst_dist.data.prefetch import Prefetcher
-from krrst_dist.data.reader import BetonReader, read_all
+from krrst_dist.data.prepared import Prepared
+from krrst_dist.data.reader import BetonReader, read_all, read_in_order
 
 N = 300
 SHARD = np.arange(20, 121)  # 101 images: 4 batches of 32, the last of 5
@@ -189,12 +191,78 @@ def test_a_shard_that_does_not_exist_is_refused(shard, shards):
         shard_indices(np.arange(10), shard, shards, seed=0)
 
 
+# --- parts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def in_parts(items, tmp_path_factory):
+    """The same images in 43 betons of 7 images, the last of 6."""
+    return prepared_beton(tmp_path_factory.mktemp("parts") / "cifar.beton", items, "raw", part=7)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_many_parts_give_the_batches_of_one_beton_bit_for_bit_in_every_shard_and_at_every_position(prepared, in_parts, threads):
+    assert (len(in_parts.files), in_parts.count) == (43, prepared.count)
+    for s in range(3):
+        indices = shard_indices(np.arange(5, N), s, 3, seed=4)
+        one, many = (beton_reader(p, indices, shard=s, threads=threads) for p in (prepared, in_parts))
+        assert_same(take(one, 9), take(many, 9))
+        for position in ({"epoch": 2, "batch": 3}, {"epoch": 0, "batch": 1}):
+            one.restore(position)
+            many.restore(position)
+            assert_same(take(one, 2), take(many, 2))
+        one.close()
+        many.close()
+
+
+def test_many_parts_are_read_at_once_and_in_order_as_one_beton_is(prepared, in_parts):
+    asked = np.concatenate([np.arange(N)[::-1], [0, 6, 7, 13, 299, 299]])
+    for whole, parted in zip(read_all(prepared, asked), read_all(in_parts, asked), strict=True):
+        assert np.array_equal(np.asarray(whole), np.asarray(parted))
+    assert_same(read_in_order(prepared, np.arange(N), batch=64), read_in_order(in_parts, np.arange(N), batch=64, threads=2))
+
+
+def test_the_index_field_of_a_part_goes_on_where_the_part_before_it_ends(in_parts):
+    index = [np.fromfile(path, SAMPLE, part.count, offset=HEADER.itemsize + 3 * FIELD.itemsize)["index"]
+             for path, part in in_parts.files.items()]
+    assert np.array_equal(np.concatenate(index), np.arange(N))
+
+
+def test_readers_of_one_process_map_a_part_once_and_let_go_of_it_with_the_last(in_parts):
+    def mapped():
+        return sum(str(in_parts.path.parent) in line for line in open("/proc/self/maps"))
+
+    readers = [beton_reader(in_parts, seed=seed) for seed in range(3)]
+    assert mapped() == 43
+    for reader in readers:
+        reader.close()
+    assert mapped() == 0
+
+
+def test_a_beton_is_in_use_while_it_is_open_or_read(in_parts, tmp_path):
+    in_parts.save()
+    path = next(iter(in_parts.files))
+
+    def free():
+        with unused(path) as is_free:
+            return is_free
+
+    assert free()
+    opened = Prepared.open(in_parts.path)
+    assert not free()
+    reader = beton_reader(opened)
+    del opened
+    assert not free()
+    reader.close()
+    assert free()
+
+
 # --- JPEG and damage -----------------------------------------------------------------------------------------
 
 
 def test_jpeg_betons_of_224_pixels_are_read_close_to_the_originals(photos, tmp_path):
     prepared = prepared_beton(tmp_path / "photos.beton", photos, "jpeg")
-    table = np.fromfile(prepared.path, ALLOCATION, offset=int(np.fromfile(prepared.path, HEADER, 1)["table"][0]))
+    table = np.fromfile(beton_of(prepared), ALLOCATION, offset=int(np.fromfile(beton_of(prepared), HEADER, 1)["table"][0]))
     assert table["size"].sum() < photos.pixels.nbytes / 3
     reader = beton_reader(prepared, np.arange(24), batch=10, threads=2)
     for batch in take(reader, 3):
@@ -279,6 +347,7 @@ from pathlib import Path
 import numpy as np
 from krrst_dist.data.prefetch import Prefetcher
 from krrst_dist.data.prepared import Prepared
+from krrst_dist.data.prepared import Prepared
 from krrst_dist.data.reader import BetonReader
 prepared = Prepared.open(Path({str(prepared.path)!r}))
 readers = [Prefetcher(BetonReader(prepared, np.arange(300), batch=32, seed=0, purpose_index=i, threads=i + 1), depth=2) for i in range(2)]
@@ -296,7 +365,7 @@ print([t.name for t in threading.enumerate() if t.name == 'read-ahead'])
 
 def test_equal_images_give_equal_files(prepared, items, tmp_path):
     again = prepared_beton(tmp_path / "again.beton", items, "raw")
-    assert again.path.read_bytes() == prepared.path.read_bytes()
+    assert beton_of(again).read_bytes() == beton_of(prepared).read_bytes()
 
 
 class Breaking(Items):
@@ -361,7 +430,7 @@ def test_the_layout_that_is_checked_is_ffcvs_own():
 
 
 def test_a_whole_beton_is_accepted_and_a_missing_one_is_not(prepared, tmp_path):
-    check_beton(prepared.path, N)
+    check_beton(beton_of(prepared), N)
     with pytest.raises(DataError, match="there is no such file"):
         check_beton(tmp_path / "none.beton", N)
 
@@ -369,25 +438,25 @@ def test_a_whole_beton_is_accepted_and_a_missing_one_is_not(prepared, tmp_path):
 @pytest.mark.parametrize("length", [0, 10, 24, 3000, 1 << 21, -24, -1])
 def test_a_truncated_beton_is_refused(prepared, tmp_path, length):
     path = tmp_path / "cut.beton"
-    path.write_bytes(prepared.path.read_bytes()[:length])
+    path.write_bytes(beton_of(prepared).read_bytes()[:length])
     with pytest.raises(DataError, match="krrst prepare"):
         check_beton(path, N)
     with pytest.raises(DataError, match="krrst prepare"):
-        beton_reader(replace(prepared, path=path))
+        beton_reader(replace(prepared, path=path.with_suffix(".json"), parts=(replace(prepared.parts[0], name=path.name),)))
 
 
 def test_a_beton_that_grew_and_one_of_another_count_are_refused(prepared, tmp_path):
     path = tmp_path / "more.beton"
-    path.write_bytes(prepared.path.read_bytes() + b"more")
+    path.write_bytes(beton_of(prepared).read_bytes() + b"more")
     with pytest.raises(DataError, match="truncated or never finished"):
         check_beton(path, N)
     with pytest.raises(DataError, match="holds 300 images where 301"):
-        check_beton(prepared.path, N + 1)
+        check_beton(beton_of(prepared), N + 1)
 
 
 def test_foreign_files_are_refused(shared_data, prepared, tmp_path):
     foreign = tmp_path / "foreign.beton"
-    for payload in (b"\x89PNG" * 1000, np.random.default_rng(0).bytes(5000), prepared.path.read_bytes().replace(b"label", b"lapel")):
+    for payload in (b"\x89PNG" * 1000, np.random.default_rng(0).bytes(5000), beton_of(prepared).read_bytes().replace(b"label", b"lapel")):
         foreign.write_bytes(payload)
         with pytest.raises(DataError, match="not a beton"):
             check_beton(foreign, N)
@@ -396,7 +465,7 @@ def test_foreign_files_are_refused(shared_data, prepared, tmp_path):
 @pytest.mark.parametrize("field, value", [("start", 1 << 40), ("start", 0), ("height", 33), ("mode", 7)])
 def test_a_pointer_out_of_the_file_or_an_odd_image_is_refused(prepared, tmp_path, field, value):
     path = tmp_path / "odd.beton"
-    path.write_bytes(prepared.path.read_bytes())
+    path.write_bytes(beton_of(prepared).read_bytes())
     samples = np.memmap(path, SAMPLE, "r+", offset=HEADER.itemsize + 3 * FIELD.itemsize, shape=N)
     samples["image"][field][11] = value
     samples.flush()
@@ -405,12 +474,12 @@ def test_a_pointer_out_of_the_file_or_an_odd_image_is_refused(prepared, tmp_path
 
 
 def test_a_file_left_by_an_unfinished_write_is_refused(prepared, items, tmp_path):
-    payload = bytearray(prepared.path.read_bytes())
+    payload = bytearray(beton_of(prepared).read_bytes())
     payload[16:24] = bytes(8)  # the pointer to the allocation table is written last
     path = tmp_path / "unfinished.beton"
     path.write_bytes(payload)
     with pytest.raises(DataError, match="never finished"):
-        beton_reader(describe(path, items, "raw"))
+        beton_reader(describe([path], items, "raw"))
 
 
 # --- normalise -----------------------------------------------------------------------------------------------

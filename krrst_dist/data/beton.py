@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, NoReturn, Protocol
+from typing import Literal, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -43,8 +43,10 @@ class Items(Protocol):
     def __getitem__(self, i: int) -> tuple[np.ndarray, int]: ...
 
 
-def write_beton(path: Path, items: Items, *, resolution: int, encoding: Literal["raw", "jpeg"], progress: bool = True) -> None:
-    """Write `items` in order to a beton with the fields image, label and index (the position); whole or not at all.
+def write_beton(path: Path, items: Items, *, resolution: int, encoding: Literal["raw", "jpeg"], indices: Sequence[int] | None = None,
+                progress: bool = True) -> None:
+    """Write `items` in order to a beton with the fields image, label and index (`indices`, rising; default: the position); whole or not
+    at all.
 
     FFCV's own writer would fork workers and wait for ever when one of them fails. Here its parts do the work in this
     process: an exception in `items` reaches the caller as it is, and equal items give equal bytes.
@@ -78,7 +80,7 @@ def write_beton(path: Path, items: Items, *, resolution: int, encoding: Literal[
                 if image.dtype != np.uint8 or image.shape != (resolution, resolution, 3):
                     raise DataError(f"{path}: image {i} is {image.dtype} {list(image.shape)}, not uint8 "
                                     f"[{resolution}, {resolution}, 3]; resize it and convert it to RGB first")
-                handle_sample((image, label, i), i, records.dtype.names, records, allocator, fields)
+                handle_sample((image, label, i if indices is None else indices[i]), i, records.dtype.names, records, allocator, fields)
         writer.finalize(allocator.allocations)
         if writer.header["alloc_table_ptr"] != allocator.offset + allocator.next_page_written.value * PAGE_SIZE:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))  # FFCV does not look whether a page was written in full
@@ -93,11 +95,22 @@ def _closing_file(allocator) -> Iterator[None]:
         allocator.fp.close()
 
 
-def check_beton(path: Path, count: int, resolution: int | None = None) -> None:
-    """Refuse a beton that is missing, empty, truncated, foreign or inconsistent.
+class Rows(NamedTuple):
+    """Where the images of a beton are in it, and their labels; a row an image."""
+
+    height: int
+    width: int
+    starts: np.ndarray  # int64 [n], bytes from the file's begin
+    sizes: np.ndarray  # int64 [n], bytes
+    modes: np.ndarray  # uint8 [n], RAW or JPEG
+    labels: np.ndarray  # int64 [n]
+
+
+def check_beton(path: Path, count: int, resolution: int | None = None, *, among: range | None = None) -> Rows:
+    """Refuse a beton that is missing, empty, truncated, foreign or inconsistent; gives its rows.
 
     Afterwards every image's bytes are known to lie inside the file, all images have one size (`resolution` pixels a side, where
-    it is given), and index i is at row i.
+    it is given), and the indices rise (and are `among` these, where they are given).
 
     Raises:
         DataError: what is wrong and the remedy.
@@ -129,9 +142,10 @@ def check_beton(path: Path, count: int, resolution: int | None = None) -> None:
     images = samples["image"]
     starts, sizes = table["start"], table["size"]
     area = int(images["height"][0]) * int(images["width"][0])
+    index = samples["index"]
     sound = (
-        np.array_equal(samples["index"], np.arange(count))
-        and np.array_equal(table["sample"], samples["index"].astype("<u8"))
+        (np.diff(index) > 0).all() and (among is None or (among.start <= index[0] and index[-1] < among.stop))
+        and np.array_equal(table["sample"], np.arange(count, dtype="<u8"))
         and np.array_equal(images["start"], starts)
         and (starts >= pixels_at).all() and (sizes <= table_at).all() and (starts <= table_at - sizes).all()
         and np.isin(images["mode"], (JPEG, RAW)).all()
@@ -143,6 +157,7 @@ def check_beton(path: Path, count: int, resolution: int | None = None) -> None:
     height, width = int(images["height"][0]), int(images["width"][0])
     if resolution is not None and (height, width) != (resolution, resolution):
         refuse(f"holds images of {height} x {width} pixels where {resolution} a side are expected")
+    return Rows(height, width, starts.astype(np.int64), sizes.astype(np.int64), images["mode"].copy(), samples["label"].astype(np.int64))
 
 
 def _table(path: Path, dtype: np.dtype, count: int, offset: int) -> np.ndarray:

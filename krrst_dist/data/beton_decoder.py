@@ -1,133 +1,121 @@
-"""Pixels of a beton by row, through FFCV's Loader, in the thread of the caller.
+"""Pixels of one or more betons by row, decoded by FFCV's compiled functions in the thread of the caller.
 
-FFCV would run its pipeline in a thread of its own that dies silently when a sample is damaged, hands out views into
-a ring of buffers and sets torch's thread count of the process. Here the same pipeline is called directly: an
-exception is an exception, what is returned is a copy, and reading ahead is left to `prefetch.py`. The one compiled
-function is compiled once a process, whatever number of files and readers. Knows nothing of order, epochs or shards.
+FFCV's Loader reads one file, in a thread of its own that dies silently when a sample is damaged, and hands out views into
+a ring of buffers. Here its decoders are called directly on the mapped files: an exception is an exception, what is
+returned is a copy, and reading ahead is left to `prefetch.py`. A file is mapped once a process, whatever the number of
+readers, and its lock is held as long as it is mapped. Knows nothing of order, epochs or shards.
 """
 
 from __future__ import annotations
 
+import mmap
 import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import numpy as np
 
-from krrst_dist.data.beton import JPEG, check_beton, importing_ffcv, keeping_torch_threads
+from krrst_dist.data.beton import JPEG, check_beton, importing_ffcv
 from krrst_dist.data.errors import DataError
+from krrst_dist.data.lock import opened_in_use
 
 with importing_ffcv():
-    from ffcv.fields.basics import IntDecoder
-    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.libffcv import imdecode, memcpy
-    from ffcv.loader import Loader
-    from ffcv.loader.epoch_iterator import EpochIterator
-    from ffcv.pipeline.compiler import Compiler
     from numba import njit
 
-_one_at_a_time = threading.Lock()  # making a Loader changes FFCV's process-wide settings for a moment
 _imdecode, _memcpy = njit(imdecode), njit(memcpy)
 
 
 class BetonDecoder:
-    """Random access to the images and labels of one beton. One caller at a time; `close()` when done."""
+    """Random access to the images and labels of betons, whose rows are counted through. One caller at a time; `close()` when done."""
 
-    def __init__(self, path: Path, *, count: int, batch: int, threads: int = 1) -> None:
-        """batch: the most rows of one `read`, for which memory is set aside. threads: that decode them together.
+    def __init__(self, betons: Sequence[tuple[Path, int]], *, threads: int = 1) -> None:
+        """betons: at least one, of one size of images, each with the number of its images. threads: that decode together.
 
         Raises DataError (see `check_beton`).
         """
-        check_beton(path, count)
-        self.path = path
+        self._files = [_mapped(path, count) for path, count in betons]
+        self._firsts = np.cumsum([0] + [count for _, count in betons])  # [files + 1], first row of each
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
-        with _one_at_a_time, keeping_torch_threads():
-            was_enabled = Compiler.is_enabled
-            Compiler.set_enabled(False)  # the decoders below bring their own compiled function
-            try:
-                loader = Loader(str(path), batch_size=-(-batch // threads), num_workers=1, os_cache=True, drop_last=False,
-                                batches_ahead=max(threads, 2) - 2,
-                                pipelines={"image": [_ImageDecoder()], "label": [_IntDecoder()], "index": [_IntDecoder()]})
-                self._pipeline = _Pipeline(loader, [])
-            finally:
-                Compiler.set_enabled(was_enabled)
         self.read(np.arange(0))  # compiles
 
-    def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows [b] -> pixels uint8 [b, H, W, C], labels int64 [b], index int64 [b]: new arrays.
+    def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows [b] -> pixels uint8 [b, H, W, C], labels int64 [b]: new arrays.
 
         Raises DataError when an image is damaged.
         """
-        rows = np.ascontiguousarray(rows, dtype=np.int64)  # of one type, or `_decode` would be compiled again
-        try:
-            if self._pool is None:
-                parts = [self._read_part(0, rows)]
-            else:
-                parts = list(self._pool.map(self._read_part, range(self._threads), np.array_split(rows, self._threads)))
-        except _Damaged as damaged:
-            raise DataError(f"{self.path}: image {damaged.row} cannot be decoded, the file is damaged; "
-                            f"delete it and run `krrst prepare` again") from None
-        pixels, labels, index = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return pixels, labels[:, 0], index[:, 0]
+        rows = np.asarray(rows, dtype=np.int64)
+        pixels, labels = np.empty((len(rows), *self._files[0].size, 3), np.uint8), np.empty(len(rows), np.int64)
+        parts = [slice(0, len(rows))]
+        if self._pool is not None:
+            cuts = np.linspace(0, len(rows), self._threads + 1).astype(int)
+            parts = [slice(*cut) for cut in zip(cuts, cuts[1:], strict=False)]
+        for _ in (map if self._pool is None else self._pool.map)(lambda part: self._fill(rows[part], pixels[part], labels[part]), parts):
+            pass
+        return pixels, labels
 
     def close(self) -> None:
-        """Let go of threads, buffers and the mapped file."""
+        """Let go of threads and mapped files."""
         if self._pool is not None:
             self._pool.shutdown()
-        self._pipeline = None
+        self._files = []
 
-    def _read_part(self, slot: int, rows: np.ndarray) -> tuple[np.ndarray, ...]:
-        return self._pipeline.run_pipeline(0, rows, slot, None)
-
-
-class _Pipeline(EpochIterator):
-    """FFCV's batch pipeline with its memory map and buffers (one slot a decoding thread), without its thread."""
-
-    def start(self) -> None:
-        pass
-
-
-class _Damaged(Exception):
-    def __init__(self, row: int) -> None:
-        self.row = row
-
-
-class _ImageDecoder(SimpleRGBImageDecoder):
-    """Images of one size; unlike FFCV's own it notices when the JPEG decoder fails."""
-
-    def generate_code(self) -> Callable:
-        def decode(rows, pixels, images, storage):
-            failed = _decode(rows, pixels, images, *storage)
+    def _fill(self, rows: np.ndarray, pixels: np.ndarray, labels: np.ndarray) -> None:
+        """Decode rows [b] into pixels [b, H, W, C] and labels [b], file by file."""
+        of_file = np.searchsorted(self._firsts, rows, side="right") - 1  # [b]
+        for f in np.unique(of_file) if len(rows) else [0]:
+            file, places = self._files[f], np.flatnonzero(of_file == f)
+            within = rows[places] - self._firsts[f]
+            failed = _decode(within, places, pixels, *file.tables, file.stored)
             if failed >= 0:
-                raise _Damaged(int(rows[failed]))
-            return pixels
+                raise DataError(f"{file.path}: image {rows[places[failed]]} cannot be decoded, the file is damaged; delete it and run "
+                                f"`krrst prepare` again")
+            labels[places] = file.labels[within]
 
-        return decode
+
+class _Mapped:
+    """A beton in memory; what its lock says lasts as long as the mapping, which has a descriptor of the file of its own."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        self.path = path
+        if not path.is_file():
+            check_beton(path, count)  # says so
+        with opened_in_use(path) as file:
+            rows = check_beton(path, count)
+            self.stored = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
+        self.size, self.labels, self.tables = (rows.height, rows.width), rows.labels, (rows.starts, rows.sizes, rows.modes)
 
 
-class _IntDecoder(IntDecoder):
-    """FFCV's own, for a whole batch at once."""
+_open: WeakValueDictionary[tuple, _Mapped] = WeakValueDictionary()
+_one_at_a_time = threading.Lock()
 
-    def generate_code(self) -> Callable:
-        def decode(rows, values, column, _storage):
-            values[:, 0] = column[rows]
-            return values
 
-        return decode
+def _mapped(path: Path, count: int) -> _Mapped:
+    """The mapped file; one that was replaced is another one."""
+    try:
+        found = path.stat()
+        key = str(path), count, found.st_ino, found.st_size, found.st_mtime_ns
+    except OSError:
+        key = str(path), count  # and let it be said what is wrong
+    with _one_at_a_time:
+        file = _open.get(key) or _Mapped(path, count)
+        _open[key] = file
+    return file
 
 
 @njit(nogil=True)
-def _decode(rows, pixels, images, stored, starts, sizes):
-    """Fill pixels [b, H, W, C] from the mapped file; the place in `rows` of an image that fails, or -1."""
+def _decode(rows, places, pixels, starts, sizes, modes, stored):
+    """Fill pixels [places] from the mapped file; the number of the row that fails, or -1."""
     for i in range(len(rows)):
-        image = images[rows[i]]
-        start, height, width = image["data_ptr"], image["height"], image["width"]
-        data = stored[start:start + sizes[np.searchsorted(starts, start)]]
-        if image["mode"] == JPEG:
-            if _imdecode(data, pixels[i], height, width, height, width, 0, 0, 1, 1, False, False) != 0:
+        row, to = rows[i], pixels[places[i]]
+        data = stored[starts[row]:starts[row] + sizes[row]]
+        if modes[row] == JPEG:
+            height, width = to.shape[0], to.shape[1]
+            if _imdecode(data, to, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
                 return i
         else:
-            _memcpy(data, pixels[i])
+            _memcpy(data, to)
     return -1

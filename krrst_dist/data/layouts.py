@@ -18,10 +18,10 @@ import numpy as np
 
 from krrst_dist import seeds
 from krrst_dist.data.errors import DataError
-from krrst_dist.data.readers import ArrayImages, FileImages, Images, ParquetImages
+from krrst_dist.data.readers import ArrayImages, FileImages, Images, ParquetImages, is_image
+from krrst_dist.data.tar_images import TarImages
 
 _TEST_NAMES = ("test", "val", "validation", "valid")
-_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 class Layout(Protocol):
@@ -62,6 +62,30 @@ class Parquet:
 
 
 @dataclass(frozen=True)
+class TarShards:
+    """`NAME-SPLIT-000000.tar`, `...-000001.tar`, or `SPLIT-000000.tar`, ... in a folder NAME: pairs KEY.jpg and KEY.cls, not compressed.
+
+    The training split may also be `NAME-000000.tar`, ..., without the word. `test` lists what the test split may be called.
+    """
+
+    test: Sequence[str] = _TEST_NAMES
+    official = False
+
+    def places(self, root: Path, name: str, split: str) -> list[Path]:
+        places = [place for s in (("train",) if split == "train" else self.test)
+                  for place in (root / f"{name}-{s}-*.tar", root / name / f"{s}-*.tar")]
+        return places + ([root / f"{name}-*.tar", root / name / f"{name}-*.tar"] if split == "train" else [])
+
+    def read(self, place: Path, split: str) -> Images | None:
+        number = re.compile(re.escape(place.name).replace(r"\*", r"(\d+)"))
+        found = sorted((int(match[1]), path) for path in place.parent.glob(place.name) if (match := number.fullmatch(path.name)))
+        for expected, (n, path) in enumerate(found):
+            if n != expected:
+                raise DataError(f"{path}: shard {n} where {expected} is expected; shards are numbered from 0, each once: complete the copy")
+        return TarImages([path for _, path in found]) if found else None
+
+
+@dataclass(frozen=True)
 class ImageFolder:
     """`FOLDER/SPLIT/CLASS/*.jpg`: a folder a class, numbered in sorted order. FOLDER is the data set's name or one of `folders`."""
 
@@ -91,7 +115,7 @@ class OwnFolder:
     def read(self, place: Path, split: str) -> Images | None:
         if not place.is_dir():
             return None
-        if any(_is_image(name) for name in os.listdir(place)):
+        if any(is_image(name) for name in os.listdir(place)):
             return FileImages(place, _image_files(place), None, ())
         return _class_folders(place)
 
@@ -240,12 +264,8 @@ def _image_files(folder: Path, below: str = "") -> list[str]:
     """Every image under `folder/below`, sorted, relative to `folder`."""
     found = []
     for directory, _, names in os.walk(folder / below):
-        found += [os.path.relpath(os.path.join(directory, name), folder) for name in names if _is_image(name)]
+        found += [os.path.relpath(os.path.join(directory, name), folder) for name in names if is_image(name)]
     return sorted(found)
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(_IMAGE_ENDINGS) and not name.startswith(".")
 
 
 def _lines(path: Path) -> list[str]:

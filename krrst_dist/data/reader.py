@@ -54,10 +54,12 @@ class BetonReader:
         Raises ConfigError (batch larger than the shard, indices that do not exist), DataError (the file).
         """
         self._order = EpochOrder(indices, batch=batch, seed=seed, shard=purpose_index)
-        self._decoder = _open(prepared, self._order.indices, batch=batch, threads=threads)
+        check_indices(self._order.indices, prepared.count)
+        self._decoder = open_decoder(prepared, threads=threads)
 
     def next(self) -> Batch:
-        pixels, labels, index = self._decoder.read(self._order.current())
+        index = self._order.current().copy()
+        pixels, labels = self._decoder.read(index)
         self._order.advance()
         return Batch(index, channels_first(pixels), labels)
 
@@ -85,10 +87,12 @@ def read_all(prepared: Prepared, indices: np.ndarray, *, threads: int = 1) -> tu
 
 def read_in_order(prepared: Prepared, indices: np.ndarray, *, batch: int, threads: int = 1) -> Iterator[Batch]:
     """Once through `indices` [n], in their order, `batch` at a time."""
-    decoder = _open(prepared, indices, batch=batch, threads=threads)
+    check_indices(indices, prepared.count)
+    decoder = open_decoder(prepared, threads=threads)
     try:
         for start in range(0, len(indices), batch):
-            pixels, labels, index = decoder.read(indices[start:start + batch])
+            index = np.array(indices[start:start + batch], dtype=np.int64)
+            pixels, labels = decoder.read(index)
             yield Batch(index, channels_first(pixels), labels)
     finally:
         decoder.close()
@@ -99,11 +103,11 @@ def channels_first(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-def _open(prepared: Prepared, indices: np.ndarray, *, batch: int, threads: int):
+def open_decoder(prepared: Prepared, *, threads: int):
+    """A `BetonDecoder` of all parts, whose rows are the places in the prepared data set. Raises DataError."""
     from krrst_dist.data.beton_decoder import BetonDecoder
 
-    check_indices(indices, prepared.count)
-    return BetonDecoder(prepared.path, count=prepared.count, batch=batch, threads=threads)
+    return BetonDecoder([(path, part.count) for path, part in prepared.files.items()], threads=threads)
 
 
 def check_indices(indices: np.ndarray, count: int) -> None:

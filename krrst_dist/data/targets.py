@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,13 @@ from krrst_dist.augment.views import crop_flip
 from krrst_dist.data import integrity
 from krrst_dist.data.errors import DataError
 from krrst_dist.data.growing_array import GrowingArray
-from krrst_dist.data.lock import alone
+from krrst_dist.data.lock import alone, opened_in_use
 from krrst_dist.data.prepared import Prepared
 from krrst_dist.data.reader import Batch, check_indices, read_in_order
 
 FORMAT = 1
+BETWEEN = "-targets-"
+"""between the name of a prepared data set and the rest of a target file's name"""
 Represent = Callable[[Tensor], Tensor]
 """uint8 [b, C, H, W] -> representations [b, k], on any device"""
 
@@ -59,7 +62,7 @@ class TargetFile:
 
     @classmethod
     def open(cls, path: Path, prepared: Prepared, target_fingerprint: str | None = None) -> TargetFile:
-        """Map a target file, compared with its checksum once a node.
+        """Map a target file, compared with its checksum once a node. It is in use as long as the object lives.
 
         Raises DataError when it is missing, truncated, damaged, or belongs to other data or another target model.
         """
@@ -78,7 +81,9 @@ class TargetFile:
                             f"run `krrst target` again")
         integrity.require_whole(path, about["checksum"], remedy="delete it and run `krrst target` again")
         mean, std = (None if about[key] is None else np.array(about[key]) for key in ("mean", "std"))
-        return cls(path=path, target=about["target"], array=array, views=about["views"], view_seed=about["view_seed"], mean=mean, std=std)
+        opened = cls(path=path, target=about["target"], array=array, views=about["views"], view_seed=about["view_seed"], mean=mean, std=std)
+        weakref.finalize(opened, opened_in_use(path).close)
+        return opened
 
     @property
     def fingerprint(self) -> str:

@@ -23,7 +23,6 @@ from krrst_dist.algorithm import Outer, Slice
 from krrst_dist.artifacts import DistilledSet
 from krrst_dist.config import Config, ConfigError, EngineSettings
 from krrst_dist.data.cache import Cache
-from krrst_dist.data.prepared import Prepared
 from krrst_dist.data.reader import read_all
 from krrst_dist.evaluation import held_out, pretrain
 from krrst_dist.evaluation.labelled import LabelledImages
@@ -56,6 +55,7 @@ def device(engine: EngineSettings) -> torch.device:
 class Assembly:
     """One run of a method: its data, opened on first use in the process that uses it, and what the engine has to do for it.
 
+    beton: manifest of the prepared source.
     targets: side file of representations, None where the method needs none. out: where chores are kept, for all seeds of the run.
     """
 
@@ -145,11 +145,10 @@ class Assembly:
         return self._opened[name]
 
     def _open(self) -> Source:
-        files = [self.beton, self.beton.with_suffix(".json")]
+        prepared = self.cache.fetch_prepared(self.beton)
         if self.targets:
-            files += [self.targets, self.targets.with_name(self.targets.name + ".json")]
-        self.cache.fetch(*files)
-        return Source.open(self.config, self.beton, self.targets)
+            self.cache.fetch(self.targets, self.targets.with_name(self.targets.name + ".json"))
+        return Source.of(self.config, prepared, self.targets)
 
     def _held_out(self) -> tuple[Tensor, Tensor]:
         held = self.source.held_out
@@ -169,7 +168,7 @@ def probe(config: Config, cache: Cache, datasets: dict[str, tuple[Path, Path]], 
           seed: int) -> dict[tuple[str, float], float]:
     """Test accuracy, by (data set, fraction of its labels), of probes on one network pre-trained on `distilled` (None: left untrained).
 
-    datasets: name -> betons of the training and test split.
+    datasets: name -> manifests of the prepared training and test split.
     """
     torch.set_num_threads(config.engine.threads)
     where = device(config.engine)
@@ -186,9 +185,7 @@ def probe(config: Config, cache: Cache, datasets: dict[str, tuple[Path, Path]], 
 
 
 def _probe_data(cache: Cache, train: Path, test: Path) -> LabelledImages:
-    for path in (train, test):
-        cache.fetch(path, path.with_suffix(".json"))
-    parts = [Prepared.open(path) for path in (train, test)]
-    (train_images, train_labels), (test_images, test_labels) = (read_all(part, np.arange(part.count)) for part in parts)
-    return LabelledImages(train_images, torch.from_numpy(train_labels), test_images, torch.from_numpy(test_labels), parts[0].mean,
-                          parts[0].std, len(parts[0].class_names))
+    splits = [cache.fetch_prepared(path) for path in (train, test)]
+    (train_images, train_labels), (test_images, test_labels) = (read_all(split, np.arange(split.count)) for split in splits)
+    return LabelledImages(train_images, torch.from_numpy(train_labels), test_images, torch.from_numpy(test_labels), splits[0].mean,
+                          splits[0].std, len(splits[0].class_names))

@@ -64,6 +64,11 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
                            f"and, if it uses tokens, set RAY_AUTH_MODE=token") from error
 
 
+def at_hand() -> bool:
+    """Is this process in a cluster, or told of one?"""
+    return ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
+
+
 def _knock(address: str) -> None:
     """Fail in seconds where nobody listens; Ray itself tries for minutes. Raises OSError, ValueError."""
     if address == "auto":

@@ -48,9 +48,9 @@ def run(grid: Grid, *, data: str | None = None, out: str | None = None, cache: s
     there = _there(grid, places)
     cluster.connect()
     cluster.require(grid.cpus, grid.gpus, 1, wait=wait)
-    targets = _targets(grid, images, places)
+    targets = _targets(grid, images, places, wait=wait)
     sets, missing = _made(grid, there, places, wait=wait)
-    cells = plan(grid, sets, targets, fid.sources(grid, sets, places), places.out, files=files)
+    cells = plan(grid, sets, targets, fid.sources(grid, sets, places, wait=wait), places.out, files=files)
     storage.write_whole(storage.join(places.out, "grid.yaml"), yaml.safe_dump(grid.model_dump(mode="json"), sort_keys=False).encode())
 
     finished = {} if recompute else store.finished()
@@ -90,9 +90,9 @@ def _made(grid: Grid, there: Sequence[Sequence[GridSet]], places: Places, *, wai
     return sets, missing
 
 
-def _targets(grid: Grid, images: Mapping[Split, Images], places: Places) -> list[Target]:
+def _targets(grid: Grid, images: Mapping[Split, Images], places: Places, *, wait: bool) -> list[Target]:
     """The grid's targets, prepared."""
-    betons = {split: prepared_split(*split, places, images=found, resolution=grid.resolution, resize=grid.resize)
+    betons = {split: prepared_split(*split, places, images=found, wait=wait, resolution=grid.resolution, resize=grid.resize)
               for split, found in images.items()}
     return [Target.of(name, betons[name, "train"], betons[name, "test"], validation=grid.split == "validation") for name in grid.targets]
 

@@ -41,12 +41,12 @@ def files(grid: Grid) -> dict[str, str]:
     return {"network": storage.digest(network)}
 
 
-def sources(grid: Grid, sets: Sequence[GridSet], places: Places) -> dict[str, Prepared]:
+def sources(grid: Grid, sets: Sequence[GridSet], places: Places, *, wait: bool) -> dict[str, Prepared]:
     """The source of every set, by the set's path; none where the grid has no FID."""
     if "fid" not in grid.tasks:
         return {}
     names = {found.path: source_of(grid, found) for found in sets if found.path}
-    betons = {name: prepared_split(name, "train", places, resolution=grid.resolution, resize=grid.resize)
+    betons = {name: prepared_split(name, "train", places, wait=wait, resolution=grid.resolution, resize=grid.resize)
               for name in set(names.values())}
     return {path: betons[name] for path, name in names.items()}
 

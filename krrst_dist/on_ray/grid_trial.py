@@ -125,9 +125,7 @@ class Bench:
         return _teacher(self._planned.teacher, self._workshop, self.device)
 
     def source(self) -> Iterable[Tensor]:
-        beton = self._planned.source
-        self._workshop.cache.fetch(beton, beton.with_suffix(".json"))
-        prepared = Prepared.open(beton)
+        prepared = self._workshop.cache.fetch_prepared(self._planned.source)
         return (batch.images for batch in read_in_order(prepared, np.arange(prepared.count), batch=256, threads=self._workshop.cpus))
 
     def feature_network(self) -> nn.Module:
@@ -136,8 +134,8 @@ class Bench:
             from krrst_dist.evaluation.fid import inception  # here, because it takes seconds
 
             return inception(settings.weights)
-        beton = Prepared.open(self._planned.source)
-        return _OfPixels(load_target(settings.network, resolution=self._workshop.resolution), beton.mean, beton.std)
+        prepared = Prepared.load(self._planned.source)
+        return _OfPixels(load_target(settings.network, resolution=self._workshop.resolution), prepared.mean, prepared.std)
 
 
 class _OfPixels(nn.Module):
@@ -159,11 +157,9 @@ def _trained(model: Model, workshop: Workshop, device: torch.device, curve: Curv
 
 @lru_cache(maxsize=1)
 def _labelled(target: Target, cache: Cache) -> LabelledImages:
-    for path in (target.train, target.test):
-        cache.fetch(path, path.with_suffix(".json"))
-    parts = [Prepared.open(path) for path in (target.train, target.test)]
-    (train_x, train_y), (test_x, test_y) = (read_all(part, np.arange(part.count)) for part in parts)
-    data = LabelledImages(train_x, torch.from_numpy(train_y), test_x, torch.from_numpy(test_y), parts[0].mean, parts[0].std, target.classes)
+    train, test = (cache.fetch_prepared(path) for path in (target.train, target.test))
+    (train_x, train_y), (test_x, test_y) = (read_all(split, np.arange(split.count)) for split in (train, test))
+    data = LabelledImages(train_x, torch.from_numpy(train_y), test_x, torch.from_numpy(test_y), train.mean, train.std, target.classes)
     return data.validation() if target.validation else data
 
 

@@ -19,7 +19,7 @@ from krrst_dist.results import Cell
 
 @dataclass(frozen=True)
 class Target:
-    """A labelled data set: the betons of its splits, and whether a part of the training split is tested on instead."""
+    """A labelled data set: the manifests of its prepared splits, and whether a part of the training split is tested on instead."""
 
     name: str
     train: Path

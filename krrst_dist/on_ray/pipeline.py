@@ -49,10 +49,11 @@ def run_stages(config: Config, places: Places, *, resume: bool = False, wait: bo
     storage.check_writable(places.out)
     images = _found(config, places, until=until)
     clock = Clock()
-    if until != "prepare":
+    if until != "prepare" or cluster.at_hand():
         with clock("start Ray"):
             cluster.connect()
-            cluster.require(config.engine.threads, config.engine.gpus, config.engine.min_actors or config.engine.actors, wait=wait)
+            if until != "prepare":
+                cluster.require(config.engine.threads, config.engine.gpus, config.engine.min_actors or config.engine.actors, wait=wait)
 
     with clock("prepare"):
         betons = _prepare(config, places, images, until=until, wait=wait, on_bad_image=on_bad_image)
@@ -104,7 +105,7 @@ def _prepare(config: Config, places: Places, images: Mapping[preflight.Split, Im
         cached = places.cache.remote or str(places.cache.local)
         preflight.check_room_for_target(config, images[source], cached, on_bad_image=on_bad_image, wait=wait)
     how = {"resolution": config.source.resolution, "resize": config.source.resize, "on_bad_image": on_bad_image}
-    betons = {split: prepared_split(*split, places, images=found, **how) for split, found in images.items()}
+    betons = {split: prepared_split(*split, places, images=found, wait=wait, **how) for split, found in images.items()}
     preflight.check_images(config, betons[source].count, distils=distils)  # again: bad images may have been skipped
     return betons
 

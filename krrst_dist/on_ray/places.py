@@ -1,4 +1,4 @@
-"""Where a grid's or a run's files are, and betons of the data sets that it reads: made once, found by all nodes.
+"""Where a grid's or a run's files are, and the prepared data sets that it reads: made once, found by all nodes.
 
 Knows folders and URIs; not what is done with the images.
 """
@@ -6,14 +6,18 @@ Knows folders and URIs; not what is done with the images.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+import ray
 
 from krrst_dist import paths, storage
 from krrst_dist.config import Config, ConfigError
 from krrst_dist.data.cache import Cache
 from krrst_dist.data.prepare import prepare
 from krrst_dist.data.prepared import Prepared
+from krrst_dist.on_ray.fan_out import write_parts
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,16 @@ class Places:
         return cls(paths.data_directory(data), where, Cache(folder, remote))
 
 
-def prepared_source(config: Config, places: Places) -> Prepared:
-    """The beton of a run's source."""
-    return prepared_split(config.source.dataset, "train", places, resolution=config.source.resolution, resize=config.source.resize)
+def prepared_source(config: Config, places: Places, *, wait: bool = False) -> Prepared:
+    """A run's source, prepared."""
+    source = config.source
+    return prepared_split(source.dataset, "train", places, wait=wait, resolution=source.resolution, resize=source.resize)
 
 
-def prepared_split(name: str, split: Literal["train", "test"], places: Places, **how: Any) -> Prepared:
-    """One split's beton, put where the other nodes get it from. how: the settings of `prepare`."""
-    prepared = prepare(name, split, root=places.data, directory=places.cache.local, **how)
-    places.cache.publish(prepared.path, prepared.sidecar)
-    return prepared
+def prepared_split(name: str, split: Literal["train", "test"], places: Places, *, wait: bool = False, **how: Any) -> Prepared:
+    """One split, prepared and put where the other nodes get it from; by all nodes, where this process is in a cluster.
+
+    wait: for room on a cluster that grows. how: the settings of `prepare`.
+    """
+    writers = partial(write_parts, wait=wait) if ray.is_initialized() else None
+    return prepare(name, split, root=places.data, directory=places.cache.local, remote=places.cache.remote, writers=writers, **how)

@@ -40,7 +40,7 @@ from krrst_dist.config import Config, ConfigError
 from krrst_dist.data.cache import Cache
 from krrst_dist.data.order import global_batch
 from krrst_dist.data.prepared import Prepared, held_out_split
-from krrst_dist.data.reader import channels_first, read_all
+from krrst_dist.data.reader import channels_first, open_decoder, read_all
 from krrst_dist.evaluation.target_model import load_target, save_target, target_fingerprint, untrained
 from krrst_dist.networks import Network
 from krrst_dist.on_ray import assembly
@@ -171,9 +171,9 @@ def _beside_main_thread(work: Callable[[], Any]) -> Any:
 def _work(told: dict) -> str | None:
     """One worker. Returns what went wrong if the training diverged (an exception would be taken for a failure and tried again)."""
     task: _Task = told["task"]
-    config, prepared, target = task.config, task.prepared, task.config.target
+    config, target = task.config, task.config.target
     torch.set_num_threads(config.engine.threads)
-    task.cache.fetch(prepared.path, prepared.sidecar)
+    prepared = task.cache.fetch_prepared(task.prepared.path)
     device = ray.train.torch.get_device() if assembly.device(config.engine).type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -208,11 +208,9 @@ class _WorkersRows:
     """`batches(step)`: this worker's images of a step, read one step ahead of the need."""
 
     def __init__(self, prepared: Prepared, training: np.ndarray, *, batch: int, seed: int, threads: int):
-        from krrst_dist.data.beton_decoder import BetonDecoder  # needs FFCV
-
         rows = worker_rows(batch)
         self._training, self._batch, self._seed, self._rows = training, batch, seed, rows
-        self._decoder = BetonDecoder(prepared.path, count=prepared.count, batch=rows.stop - rows.start, threads=threads)
+        self._decoder = open_decoder(prepared, threads=threads)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._ahead = {}  # step -> future
 
@@ -230,7 +228,7 @@ class _WorkersRows:
         return now.result()
 
     def _read(self, step: int) -> Tensor:
-        pixels, _, _ = self._decoder.read(global_batch(self._training, batch=self._batch, seed=self._seed, step=step)[self._rows])
+        pixels, _ = self._decoder.read(global_batch(self._training, batch=self._batch, seed=self._seed, step=step)[self._rows])
         return channels_first(pixels)
 
 

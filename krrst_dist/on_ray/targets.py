@@ -12,7 +12,7 @@ from krrst_dist.config import Config
 from krrst_dist.data.cache import Cache
 from krrst_dist.data.normalise import normalise
 from krrst_dist.data.prepared import Prepared, held_out_split
-from krrst_dist.data.targets import write_targets
+from krrst_dist.data.targets import BETWEEN, write_targets
 from krrst_dist.evaluation.target_model import load_target, target_fingerprint
 from krrst_dist.on_ray import assembly, cluster
 from krrst_dist.on_ray.target_training import train_target
@@ -24,7 +24,7 @@ def compute(config: Config, source: Prepared, cache: Cache, *, wait: bool) -> Pa
     fingerprint = target_fingerprint(load_target(model, resolution=source.resolution))
     standard = f"-standardised-{config.source.held_out}-{config.source.split_seed}" if config.target.standardise else ""
     views = f"{views_of(config)}-views" + (f"-{config.source.split_seed}" if views_of(config) else "")
-    path = source.path.with_name(f"{source.path.stem}-targets-{fingerprint}-{views}{standard}.npy")
+    path = source.path.with_name(f"{source.path.stem}{BETWEEN}{fingerprint}-{views}{standard}.npy")
     sidecar = path.with_name(path.name + ".json")
     if cache.holds(path, sidecar):
         print(f"target representations: already there, {path}", flush=True)
@@ -41,11 +41,10 @@ def views_of(config: Config) -> int:
     return getattr(config.distill, "views", 0)
 
 
-def _represent(config: Config, cache: Cache, beton: Path, model: str, fingerprint: str, path: Path) -> None:
+def _represent(config: Config, cache: Cache, manifest: Path, model: str, fingerprint: str, path: Path) -> None:
     """Compute the side file on whichever node this task runs on."""
     torch.set_num_threads(config.engine.threads)
-    cache.fetch(beton, beton.with_suffix(".json"))
-    prepared = Prepared.open(beton)
+    prepared = cache.fetch_prepared(manifest)
     device = assembly.device(config.engine)
     network = load_target(model, resolution=prepared.resolution).to(device, memory_format=torch.channels_last)
 

@@ -32,13 +32,17 @@ class Source:
 
     prepared: Prepared
     targets: TargetFile | None
-    training: np.ndarray  # int64 [n - h], places in the beton
+    training: np.ndarray  # int64 [n - h], places in the prepared data set
     held_out: np.ndarray  # int64 [h]
 
     @classmethod
-    def open(cls, config: Config, beton: Path, targets: Path | None) -> Source:
+    def open(cls, config: Config, manifest: Path, targets: Path | None) -> Source:
         """Open a prepared data set and, if there is one, its target side file. Raises DataError."""
-        prepared = Prepared.open(beton)
+        return cls.of(config, Prepared.open(manifest), targets)
+
+    @classmethod
+    def of(cls, config: Config, prepared: Prepared, targets: Path | None) -> Source:
+        """The same of one that is open."""
         training, held_out = held_out_split(prepared.count, config.source.held_out, config.source.split_seed)
         return cls(prepared, targets and TargetFile.open(targets, prepared), training, held_out)
 
