@@ -33,6 +33,7 @@ USAGE = """krrst: self-supervised dataset distillation (KRR-ST)
   krrst export      write a distilled set as PNG folder, Parquet or .pt
   krrst import      make a distilled set of the authors' x_syn.pt and y_syn.pt
   krrst bench       speed, as ratios measured side by side
+  krrst plan        what a run would take on so many GPUs: time, memory, money
   krrst doctor      can this machine run all this, and what to do if not
 
 The first four take the same settings, do what is missing and reuse what is there:
@@ -220,6 +221,12 @@ def _bench(arguments: list[str]) -> int | None:
     return bench.main(arguments)
 
 
+def _plan(arguments: list[str]) -> int | None:
+    from krrst_dist.bench import plan
+
+    return plan.main(arguments)
+
+
 def _export(arguments: list[str]) -> None:
     from krrst_dist import exports
 
@@ -243,7 +250,7 @@ def _flagged(arguments: list[str], *flags: str) -> list[str]:
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     **{name: _stage(name) for name in ("prepare", "target", "distill", "evaluate")},
     "grid": _grid, "submit": _submit, "status": _status, "report": _report, "results": _results, "theorem1": _theorem1,
-    "export": _export, "import": _import, "bench": _bench, "doctor": _doctor,
+    "export": _export, "import": _import, "bench": _bench, "plan": _plan, "doctor": _doctor,
 }
 
 
