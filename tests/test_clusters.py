@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import ray
@@ -13,7 +14,10 @@ import yaml
 from conftest import ROOT
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from krrst_dist.config import ConfigError
+from krrst_dist.on_ray.alike import require_alike
 from krrst_dist.on_ray.cluster import ClusterError, connect, require, room
+from krrst_dist.on_ray.worker import Host
 
 FILES = sorted((ROOT / "clusters").glob("*.yaml"))
 
@@ -56,6 +60,26 @@ def test_gpu_workers_come_and_go():
     description = yaml.safe_load((ROOT / "clusters/gpu.yaml").read_text())
     assert description["available_node_types"]["gpu"]["min_workers"] == 0
     assert description["idle_timeout_minutes"] <= 15
+
+
+@pytest.mark.parametrize(("other", "said"), [
+    ({"code": "feed"}, r"another krrst_dist .*driver on a: .{16}; b: feed\).*same commit"),
+    ({"versions": (("Python", "3.12.1"), ("torch", "2.13.0"))}, r"on a: Python 3.11.7, torch 2.13.0; b: Python 3.12.1, .*setup_node"),
+    ({"versions": (("Python", "3.11.7"), ("torch", "2.12.0"))}, r"driver on a: .*torch 2.13.0; b: .*torch 2.12.0\).*setup_node"),
+    ({"cpu_capability": "ANOTHER"}, r"round differently \(the driver on a: .*; b: ANOTHER\).*ATEN_CPU_CAPABILITY"),
+])
+def test_hosts_that_would_compute_something_else_are_refused_naming_both(other, said):
+    here = replace(Host.of_this_process(), name="a", versions=(("Python", "3.11.7"), ("torch", "2.13.0")))
+    require_alike(here, [replace(here, name="b"), replace(here, name="c")], rounding=True)
+    with pytest.raises(ConfigError, match=said):
+        require_alike(here, [replace(here, name="c"), replace(here, name="b", **other)], rounding=True)
+
+
+def test_with_gpus_at_work_the_heads_cpu_and_build_of_torch_are_its_own():
+    here = replace(Host.of_this_process(), cpu_capability="AVX2", versions=(("torch", "2.13.0+cpu"),))
+    require_alike(here, [replace(here, cpu_capability="AVX512", versions=(("torch", "2.13.0+cu130"),))], rounding=False)
+    with pytest.raises(ConfigError, match="versions"):
+        require_alike(here, [replace(here, versions=(("torch", "2.12.0+cu130"),))], rounding=False)
 
 
 @pytest.mark.parametrize(("offer", "cpus", "gpus", "expected"), [

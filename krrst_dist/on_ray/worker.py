@@ -27,7 +27,7 @@ from krrst_dist.algorithm import Contribution, DivergedError
 from krrst_dist.algorithm.ridge import FeaturesError
 from krrst_dist.artifacts import ArtifactError
 from krrst_dist.methods.common.protocol import Part
-from krrst_dist.provenance import code_fingerprint
+from krrst_dist.provenance import code_fingerprint, versions
 
 Build = Callable[[int], Part]
 """Shard index -> shard. Picklable; called in the actor."""
@@ -46,6 +46,13 @@ class Host:
     cpu_capability: str
     code: str
     """fingerprint of the krrst_dist it imported"""
+    versions: tuple[tuple[str, str], ...]
+    """of what results depend on, by name"""
+
+    @classmethod
+    def of_this_process(cls) -> Host:
+        """Where this process lives."""
+        return cls(socket.gethostname(), os.getpid(), torch.backends.cpu.get_cpu_capability(), code_fingerprint(), versions())
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ class Worker:
 
     def host(self) -> Host:
         """Where this actor lives."""
-        return Host(socket.gethostname(), os.getpid(), torch.backends.cpu.get_cpu_capability(), code_fingerprint())
+        return Host.of_this_process()
 
     def prepare(self, threads: int) -> None:
         """threads: CPU threads of every computation from here on (they change rounding)."""
