@@ -19,7 +19,7 @@ from krrst_dist.on_ray.alike import require_alike
 from krrst_dist.on_ray.cluster import ClusterError, connect, require, room
 from krrst_dist.on_ray.worker import Host
 
-FILES = sorted((ROOT / "clusters").glob("*.yaml"))
+FILES = [ROOT / "clusters/gpu.yaml", ROOT / "clusters/onprem.yaml"]
 
 
 @pytest.fixture(params=FILES, ids=lambda path: path.name)
@@ -27,8 +27,8 @@ def description(request) -> dict:
     return yaml.safe_load(request.param.read_text())
 
 
-def test_there_is_one_description_for_the_cloud_and_one_for_machines_at_hand():
-    assert [path.name for path in FILES] == ["gpu.yaml", "onprem.yaml"]
+def test_there_is_one_description_for_the_cloud_one_for_machines_at_hand_and_one_for_kubernetes():
+    assert sorted((ROOT / "clusters").glob("*.yaml")) == sorted([*FILES, ROOT / "clusters/kuberay.yaml"])
 
 
 def test_a_description_passes_rays_own_check(description):
@@ -54,6 +54,47 @@ def test_every_node_of_a_description_uses_tokens_and_sends_no_telemetry(descript
     assert len(starts) == 2
     assert all("RAY_AUTH_MODE=token" in command and "RAY_USAGE_STATS_ENABLED=0" in command for command in starts)
     assert "chmod 600 ~/.ray/auth_token" in description["setup_commands"]
+
+
+@pytest.fixture(scope="module")
+def kubernetes() -> dict[str, dict]:
+    """clusters/kuberay.yaml: what it describes, by kind."""
+    return {document["kind"]: document for document in yaml.safe_load_all((ROOT / "clusters/kuberay.yaml").read_text())}
+
+
+def test_on_kubernetes_there_are_a_cluster_and_a_job_for_it_of_this_version_of_ray(kubernetes):
+    ray_cluster, job = kubernetes["RayCluster"], kubernetes["RayJob"]["spec"]
+    assert [document["apiVersion"] for document in kubernetes.values()] == ["ray.io/v1"] * 2
+    assert job["clusterSelector"] == {"ray.io/cluster": ray_cluster["metadata"]["name"]}
+    python, script, *arguments = job["entrypoint"].split()
+    folder, _, name = script.removeprefix("/").partition("/")
+    assert (python, folder) == ("python", "krrst") and (ROOT / name).is_file()
+    assert arguments[arguments.index("--out") + 1].startswith("s3://") and "--resume" in arguments
+    assert yaml.safe_load(job["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_SIGNAL"] == "SIGINT"
+    assert f"ray=={ray_cluster['spec']['rayVersion']}" in (ROOT / "clusters/constraints.txt").read_text().splitlines()
+
+
+def test_on_kubernetes_every_container_has_the_same_image_and_tokens_and_sends_no_telemetry(kubernetes):
+    spec = kubernetes["RayCluster"]["spec"]
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    containers = [container for group in groups for container in group["template"]["spec"]["containers"]]
+    assert spec["authOptions"] == {"mode": "token"} and len(containers) == 2
+    assert len({container["image"] for container in containers}) == 1
+    assert all({"name": "RAY_USAGE_STATS_ENABLED", "value": "0"} in container["env"] for container in containers)
+    assert all("secretRef" in source for container in containers for source in container["envFrom"])  # no key is written here
+    ports = {port["name"]: port["containerPort"] for port in containers[0]["ports"]}
+    assert ports == {"gcs-server": 6379, "dashboard": 8265}
+
+
+def test_on_kubernetes_gpu_workers_come_and_go_and_the_head_computes_nothing(kubernetes):
+    spec = kubernetes["RayCluster"]["spec"]
+    described = yaml.safe_load((ROOT / "clusters/gpu.yaml").read_text())
+    (workers,) = spec["workerGroupSpecs"]
+    assert spec["enableInTreeAutoscaling"] and workers["minReplicas"] == 0 and workers["maxReplicas"] == described["max_workers"]
+    assert spec["autoscalerOptions"]["idleTimeoutSeconds"] == 60 * described["idle_timeout_minutes"]
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    for part in ("limits", "requests"):
+        assert workers["template"]["spec"]["containers"][0]["resources"][part]["nvidia.com/gpu"] == "1"
 
 
 def test_gpu_workers_come_and_go():
