@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +50,16 @@ def code_fingerprint() -> str:
     for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".yaml")):
         digest.update(f"{path.relative_to(package).as_posix()}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+DECIDING = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "ffcv", "ray")
+"""The packages on whose versions results, or their way between hosts, depend."""
+
+
+@cache
+def versions() -> tuple[tuple[str, str], ...]:
+    """What results depend on here beside our own code: Python and some packages, as (name, version)."""
+    return ("Python", platform.python_version()), *((name, metadata.version(name)) for name in DECIDING)
 
 
 def cpu_name() -> str:

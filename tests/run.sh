@@ -3,9 +3,10 @@
 #
 #   bash tests/run.sh            everything but the suites below
 #   bash tests/run.sh --slow     those that take minutes, too
+#   bash tests/run.sh --cluster  those that make several hosts of this machine, too: on Debian or Ubuntu, as root
 set -euo pipefail
 
-suites=(slow)  # pytest markers of suites that run only when asked for: one word here and one in pyproject.toml
+suites=(slow cluster)  # pytest markers of suites that run only when asked for: one word here and one in pyproject.toml
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
@@ -24,6 +25,20 @@ for argument in "$@"; do
 done
 markers=""
 for name in "${left_out[@]}"; do markers+="${markers:+ and }not $name"; done
+
+# What hosts are made of. Debian would start an ssh server on this machine; it is told not to.
+install_for_hosts() {
+    local packages=(openssh-server rsync iproute2 procps) policy=/usr/sbin/policy-rc.d
+    dpkg -s "${packages[@]}" >/dev/null 2>&1 && return
+    [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null || { echo "tests/run.sh: --cluster takes root on Debian or Ubuntu" >&2; exit 2; }
+    if [ ! -e $policy ]; then
+        trap "rm -f $policy" EXIT
+        printf '#!/bin/sh\nexit 101\n' > $policy && chmod +x $policy
+    fi
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null
+}
+[[ " ${left_out[*]} " == *" cluster "* ]] || install_for_hosts
 
 bash clusters/setup_node.sh
 set_up=$SECONDS

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import ray
@@ -13,9 +14,12 @@ import yaml
 from conftest import ROOT
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from krrst_dist.config import ConfigError
+from krrst_dist.on_ray.alike import require_alike
 from krrst_dist.on_ray.cluster import ClusterError, connect, require, room
+from krrst_dist.on_ray.worker import Host
 
-FILES = sorted((ROOT / "clusters").glob("*.yaml"))
+FILES = [ROOT / "clusters/gpu.yaml", ROOT / "clusters/onprem.yaml"]
 
 
 @pytest.fixture(params=FILES, ids=lambda path: path.name)
@@ -23,8 +27,8 @@ def description(request) -> dict:
     return yaml.safe_load(request.param.read_text())
 
 
-def test_there_is_one_description_for_the_cloud_and_one_for_machines_at_hand():
-    assert [path.name for path in FILES] == ["gpu.yaml", "onprem.yaml"]
+def test_there_is_one_description_for_the_cloud_one_for_machines_at_hand_and_one_for_kubernetes():
+    assert sorted((ROOT / "clusters").glob("*.yaml")) == sorted([*FILES, ROOT / "clusters/kuberay.yaml"])
 
 
 def test_a_description_passes_rays_own_check(description):
@@ -52,10 +56,71 @@ def test_every_node_of_a_description_uses_tokens_and_sends_no_telemetry(descript
     assert "chmod 600 ~/.ray/auth_token" in description["setup_commands"]
 
 
+@pytest.fixture(scope="module")
+def kubernetes() -> dict[str, dict]:
+    """clusters/kuberay.yaml: what it describes, by kind."""
+    return {document["kind"]: document for document in yaml.safe_load_all((ROOT / "clusters/kuberay.yaml").read_text())}
+
+
+def test_on_kubernetes_there_are_a_cluster_and_a_job_for_it_of_this_version_of_ray(kubernetes):
+    ray_cluster, job = kubernetes["RayCluster"], kubernetes["RayJob"]["spec"]
+    assert [document["apiVersion"] for document in kubernetes.values()] == ["ray.io/v1"] * 2
+    assert job["clusterSelector"] == {"ray.io/cluster": ray_cluster["metadata"]["name"]}
+    python, script, *arguments = job["entrypoint"].split()
+    folder, _, name = script.removeprefix("/").partition("/")
+    assert (python, folder) == ("python", "krrst") and (ROOT / name).is_file()
+    assert arguments[arguments.index("--out") + 1].startswith("s3://") and "--resume" in arguments
+    assert yaml.safe_load(job["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_SIGNAL"] == "SIGINT"
+    assert f"ray=={ray_cluster['spec']['rayVersion']}" in (ROOT / "clusters/constraints.txt").read_text().splitlines()
+
+
+def test_on_kubernetes_every_container_has_the_same_image_and_tokens_and_sends_no_telemetry(kubernetes):
+    spec = kubernetes["RayCluster"]["spec"]
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    containers = [container for group in groups for container in group["template"]["spec"]["containers"]]
+    assert spec["authOptions"] == {"mode": "token"} and len(containers) == 2
+    assert len({container["image"] for container in containers}) == 1
+    assert all({"name": "RAY_USAGE_STATS_ENABLED", "value": "0"} in container["env"] for container in containers)
+    assert all("secretRef" in source for container in containers for source in container["envFrom"])  # no key is written here
+    ports = {port["name"]: port["containerPort"] for port in containers[0]["ports"]}
+    assert ports == {"gcs-server": 6379, "dashboard": 8265}
+
+
+def test_on_kubernetes_gpu_workers_come_and_go_and_the_head_computes_nothing(kubernetes):
+    spec = kubernetes["RayCluster"]["spec"]
+    described = yaml.safe_load((ROOT / "clusters/gpu.yaml").read_text())
+    (workers,) = spec["workerGroupSpecs"]
+    assert spec["enableInTreeAutoscaling"] and workers["minReplicas"] == 0 and workers["maxReplicas"] == described["max_workers"]
+    assert spec["autoscalerOptions"]["idleTimeoutSeconds"] == 60 * described["idle_timeout_minutes"]
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    for part in ("limits", "requests"):
+        assert workers["template"]["spec"]["containers"][0]["resources"][part]["nvidia.com/gpu"] == "1"
+
+
 def test_gpu_workers_come_and_go():
     description = yaml.safe_load((ROOT / "clusters/gpu.yaml").read_text())
     assert description["available_node_types"]["gpu"]["min_workers"] == 0
     assert description["idle_timeout_minutes"] <= 15
+
+
+@pytest.mark.parametrize(("other", "said"), [
+    ({"code": "feed"}, r"another krrst_dist .*driver on a: .{16}; b: feed\).*same commit"),
+    ({"versions": (("Python", "3.12.1"), ("torch", "2.13.0"))}, r"on a: Python 3.11.7, torch 2.13.0; b: Python 3.12.1, .*setup_node"),
+    ({"versions": (("Python", "3.11.7"), ("torch", "2.12.0"))}, r"driver on a: .*torch 2.13.0; b: .*torch 2.12.0\).*setup_node"),
+    ({"cpu_capability": "ANOTHER"}, r"round differently \(the driver on a: .*; b: ANOTHER\).*ATEN_CPU_CAPABILITY"),
+])
+def test_hosts_that_would_compute_something_else_are_refused_naming_both(other, said):
+    here = replace(Host.of_this_process(), name="a", versions=(("Python", "3.11.7"), ("torch", "2.13.0")))
+    require_alike(here, [replace(here, name="b"), replace(here, name="c")], rounding=True)
+    with pytest.raises(ConfigError, match=said):
+        require_alike(here, [replace(here, name="c"), replace(here, name="b", **other)], rounding=True)
+
+
+def test_with_gpus_at_work_the_heads_cpu_and_build_of_torch_are_its_own():
+    here = replace(Host.of_this_process(), cpu_capability="AVX2", versions=(("torch", "2.13.0+cpu"),))
+    require_alike(here, [replace(here, cpu_capability="AVX512", versions=(("torch", "2.13.0+cu130"),))], rounding=False)
+    with pytest.raises(ConfigError, match="versions"):
+        require_alike(here, [replace(here, versions=(("torch", "2.12.0+cu130"),))], rounding=False)
 
 
 @pytest.mark.parametrize(("offer", "cpus", "gpus", "expected"), [

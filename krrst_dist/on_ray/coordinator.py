@@ -18,8 +18,9 @@ from torch import Tensor
 from krrst_dist import storage
 from krrst_dist.algorithm import DivergedError, Outer
 from krrst_dist.artifacts import ArtifactError
-from krrst_dist.config import Config, ConfigError
+from krrst_dist.config import Config
 from krrst_dist.on_ray.aggregate import Aggregator, CollectiveAggregator, ObjectStoreAggregator
+from krrst_dist.on_ray.alike import require_alike
 from krrst_dist.on_ray.checkpoint import Checkpoint, Facts
 from krrst_dist.on_ray.cluster import ClusterError, Room, Rooms
 from krrst_dist.on_ray.errors import EngineError, LostActor, Moved, TakenOverError
@@ -33,7 +34,6 @@ from krrst_dist.on_ray.sliced import Layout
 from krrst_dist.on_ray.stopping import INTERRUPTED, Stop, Stopped
 from krrst_dist.on_ray.work import Outcome, Work
 from krrst_dist.on_ray.worker import Host
-from krrst_dist.provenance import code_fingerprint
 
 PAUSES = (1.0, 10.0, 30.0)  # seconds before each new try after failures in a row without a new checkpoint; then the run stops
 REPLACE = 300.0  # seconds that a cluster has to replace a host that was lost
@@ -163,7 +163,7 @@ class Coordinator:
             self._patiently(self._claim, patience)
             try:
                 hosts = group.start()
-                self._require_one_kind(hosts)
+                require_alike(Host.of_this_process(), hosts, rounding=not config.engine.gpus)
                 self._do_chores(group)
                 group.build(self._work.build, self._work.measure, self._work.slice)
             except LostActor as lost:
@@ -310,18 +310,6 @@ class Coordinator:
 
     def _facts(self) -> Facts:
         return facts(self._config, self._data, horizon=self._horizon)
-
-    def _require_one_kind(self, hosts: list[Host]) -> None:
-        """Raises ConfigError when actors run other code, or CPUs that would round differently take part in a run on CPUs."""
-        strangers = sorted({host.name for host in hosts if host.code != code_fingerprint()})
-        if strangers:
-            raise ConfigError(f"actors on {', '.join(strangers)} imported another krrst_dist than the one this run was started with: "
-                              f"remove the installed copy there, or set it up again from the same commit")
-        mine = self._facts().cpu_capability
-        others = sorted({f"{host.name}: {host.cpu_capability}" for host in hosts if host.cpu_capability != mine})
-        if mine and others:
-            raise ConfigError(f"the driver's CPU has {mine}, but {', '.join(others)}; they round differently, so the result would depend "
-                              f"on who computes what. Use hosts of one kind, or set ATEN_CPU_CAPABILITY=avx2 for the job")
 
     def _must_end(self) -> bool:
         """Must waits end now? Asked once, an update is waited for and its checkpoint."""

@@ -30,7 +30,7 @@ from krrst_dist.methods.common.protocol import Part
 from krrst_dist.on_ray import collective, network
 from krrst_dist.on_ray.collective import Combine, Told
 from krrst_dist.on_ray.sliced import Arrays, BuildSlice, Head, SlicedParts
-from krrst_dist.provenance import code_fingerprint
+from krrst_dist.provenance import code_fingerprint, versions
 
 Build = Callable[[int], Part]
 """Shard index -> shard. Picklable; called in the actor."""
@@ -49,6 +49,13 @@ class Host:
     cpu_capability: str
     code: str
     """fingerprint of the krrst_dist it imported"""
+    versions: tuple[tuple[str, str], ...]
+    """of what results depend on, by name"""
+
+    @classmethod
+    def of_this_process(cls) -> Host:
+        """Where this process lives."""
+        return cls(socket.gethostname(), os.getpid(), torch.backends.cpu.get_cpu_capability(), code_fingerprint(), versions())
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class Worker:
 
     def host(self) -> Host:
         """Where this actor lives."""
-        return Host(socket.gethostname(), os.getpid(), torch.backends.cpu.get_cpu_capability(), code_fingerprint())
+        return Host.of_this_process()
 
     def prepare(self, threads: int) -> None:
         """threads: CPU threads of every computation from here on (they change rounding)."""

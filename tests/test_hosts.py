@@ -1,0 +1,176 @@
+"""Several hosts, for real: `ray up`, a job, `ray down`; and what befalls hosts while they distil, none of which changes the result.
+
+The hosts are namespaces of this machine (`hosts.py`), the cluster is what clusters/onprem.yaml makes of them (`cluster_site.py`), and
+nothing is shared between them but an S3 server. Needs root; `bash tests/run.sh --cluster` runs it.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cluster_site import DASHBOARD, Site, site, wait
+
+pytestmark = pytest.mark.cluster
+
+RUN = ("--preset quickstart --repeats 1 --target.steps 100 --distill.updates 240 --distill.shards 3 --distill.pool.max-steps 60 "
+       "--engine.checkpoint-every 20 --evaluate.every 1000 --evaluate.networks 1 --evaluate.pretrain.steps 20 --evaluate.probe.steps 20")
+BEFORE = 40  # updates done when something happens
+DEADLINE = 900  # seconds for a run that takes a minute on two idle cores
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Site]:
+    """Three hosts of one CPU each, as `ray up` leaves them."""
+    with site() as made:
+        began = time.monotonic()
+        made.up()
+        print(f"\nray up: {time.monotonic() - began:.0f} s until {len(made.hosts)} hosts had joined")
+        yield made
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster) -> str:
+    """Fingerprint of the set that the laptop distils alone, without the cluster."""
+    cluster.on_laptop(f"krrst distill {RUN} --actors 1 --out /root/alone/run", timeout=DEADLINE)
+    return fingerprint(cluster, "/root/alone/run")
+
+
+def fingerprint(site: Site, out: str) -> str:
+    """Of the distilled set in a run's folder or URI."""
+    load = f"from krrst_dist.artifacts import DistilledSet; print(DistilledSet.load('{out}/seed-0/distilled.safetensors').fingerprint)"
+    return site.on_laptop(f'python -c "{load}"', timeout=120).stdout.split()[-1]
+
+
+def steps(site: Site, out: str) -> dict[int, int]:
+    """The whole checkpoints of a run: step -> incarnation."""
+    return {int(step): int(incarnation) for step, incarnation in re.findall(r"/step-(\d+)-(\d+)/manifest.json<", site.listing(out))}
+
+
+@dataclass
+class Running:
+    """A job that was submitted from the laptop, and its output."""
+
+    site: Site
+    out: str
+    log: Path
+    began: float
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def end(self) -> int:
+        """Wait for it. Gives its exit status."""
+        self.process.wait(timeout=DEADLINE)
+        return self.process.returncode
+
+    def __post_init__(self) -> None:
+        self.process = self.site.begin(f"krrst submit --address {DASHBOARD} {RUN} --out {self.out} --actors 2 --resume", self.log)
+
+
+@pytest.fixture
+def distilling(cluster, undisturbed, tmp_path, request) -> Iterator[Running]:
+    """A job on two of the hosts that has come some way."""
+    run = Running(cluster, f"s3://bucket/{request.node.name}", tmp_path / "log", time.monotonic())
+    wait(lambda: run.process.poll() is not None or max(steps(cluster, run.out), default=0) >= BEFORE, "the first checkpoints",
+         deadline_s=DEADLINE)
+    assert run.process.poll() is None, run.said()
+    yield run
+    run.process.kill()
+
+
+def working(site: Site) -> list[str]:
+    """The hosts that have actors of a run."""
+    return [name for name, host in site.hosts.items() if host.processes("^ray::Worker")]
+
+
+def test_a_job_without_the_token_is_refused(cluster):
+    refused = cluster.on_laptop(f"ray job submit --address {DASHBOARD} --working-dir jobs -- echo hello", timeout=120, check=False,
+                                RAY_AUTH_MODE="disabled")
+    assert refused.returncode and "auth" in refused.stdout.lower() and "submitted successfully" not in refused.stdout
+
+
+def test_keys_that_ray_up_copied_are_for_their_owner_only(cluster):
+    for host in cluster.hosts.values():
+        assert host.run("stat -c %a .ray/auth_token .aws/credentials").stdout.split() == ["600", "600"], host.name
+
+
+def test_three_hosts_distil_what_one_machine_does(cluster, undisturbed, tmp_path):
+    out = "s3://bucket/first"
+    job = cluster.begin(f"ray job submit --address {DASHBOARD} --working-dir . -- python jobs/distill_imagenet.py {RUN} --out {out} "
+                        f"--actors 3", tmp_path / "log")
+    wait(lambda: job.poll() is not None or len(working(cluster)) == 3, "an actor on each host", deadline_s=DEADLINE)
+    assert job.wait(timeout=DEADLINE) == 0, (tmp_path / "log").read_text()
+    assert fingerprint(cluster, out) == undisturbed
+    status = cluster.on_laptop(f"krrst status {out}", timeout=120)
+    assert "finished, update 240 of 240" in status.stdout
+
+
+def ends_as_if_undisturbed(run: Running, undisturbed: str) -> None:
+    assert run.end() == 0, run.said()
+    assert fingerprint(run.site, run.out) == undisturbed, run.said()
+
+
+def test_a_worker_host_that_loses_power(distilling, undisturbed):
+    cluster = distilling.site
+    lost = next(cluster.hosts[name] for name in working(cluster) if name != "head")
+    lost.power_off()
+    ends_as_if_undisturbed(distilling, undisturbed)
+    assert "was lost" in distilling.said()
+    lost.boot()
+    cluster.wait_for_nodes(3)
+
+
+def test_a_host_that_is_cut_off_and_comes_back_is_no_second_writer(distilling, undisturbed):
+    cluster = distilling.site
+    lost = next(cluster.hosts[name] for name in working(cluster) if name != "head")
+    before = lost.processes("^ray::Worker")
+    lost.cut()
+    wait(lambda: "was lost" in distilling.said() or "no sign of life" in distilling.said(), "the loss to be noticed", deadline_s=DEADLINE)
+    lost.heal()
+    ends_as_if_undisturbed(distilling, undisturbed)
+    wait(lambda: not set(before) & set(lost.processes("^ray::Worker")), "the actor of before to be gone", deadline_s=120)
+    assert set(steps(cluster, distilling.out).values()) == {2}
+    cluster.wait_for_nodes(3)
+
+
+def test_a_host_that_stands_still_for_half_a_minute_is_waited_for(distilling, undisturbed):
+    cluster = distilling.site
+    slow = cluster.hosts[working(cluster)[0]]
+    slow.run("kill -STOP " + " ".join(map(str, slow.processes("^ray::Worker"))))
+    time.sleep(30)
+    slow.run("kill -CONT " + " ".join(map(str, slow.processes("^ray::Worker"))))
+    ends_as_if_undisturbed(distilling, undisturbed)
+    assert "lost" not in distilling.said() and "no sign of life" not in distilling.said()
+
+
+def test_the_driver_and_a_worker_host_at_once(distilling, undisturbed):
+    cluster = distilling.site
+    lost = next(cluster.hosts[name] for name in working(cluster) if name != "head")
+    lost.power_off()
+    head = cluster.hosts["head"]
+    head.run("kill -KILL " + " ".join(map(str, head.processes("python jobs/distill_imagenet.py"))))
+    assert distilling.end() != 0
+    again = Running(cluster, distilling.out, distilling.log, time.monotonic())
+    ends_as_if_undisturbed(again, undisturbed)
+    lost.boot()
+    cluster.wait_for_nodes(3)
+
+
+def test_the_head_is_restarted_and_the_job_resubmitted(distilling, undisturbed):
+    cluster = distilling.site
+    cluster.hosts["head"].power_off()
+    cluster.hosts["head"].boot()
+    assert distilling.end() != 0
+    cluster.up()
+    ends_as_if_undisturbed(Running(cluster, distilling.out, distilling.log, time.monotonic()), undisturbed)
+
+
+def test_ray_down_ends_the_cluster(cluster):
+    """After a while: workers leave when the head has been gone for a minute."""
+    cluster.on_laptop("ray down -y clusters/onprem.yaml", timeout=300)
+    wait(lambda: not any(host.processes("raylet/raylet") for host in cluster.hosts.values()), "all raylets to end", deadline_s=300)
