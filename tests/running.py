@@ -31,7 +31,8 @@ class Named(Parts):
 
     def __call__(self, shard: int):
         folder = Path(self.folder)
-        (folder / f"process-of-{shard}").write_text(str(os.getpid()))
+        (folder / f".process-of-{shard}").write_text(str(os.getpid()))
+        (folder / f".process-of-{shard}").rename(folder / f"process-of-{shard}")  # whole, whoever reads it when
         built = super().__call__(shard)
         read = built.batches.next
 

@@ -85,7 +85,7 @@ def distilling(cluster, undisturbed, tmp_path, request) -> Iterator[Running]:
 
 def working(site: Site) -> list[str]:
     """The hosts that have actors of a run."""
-    return [name for name, host in site.hosts.items() if host.processes("^ray::Worker")]
+    return [name for name, host in site.hosts.items() if host.processes("^ray::Actor")]
 
 
 def test_a_job_without_the_token_is_refused(cluster):
@@ -128,12 +128,12 @@ def test_a_worker_host_that_loses_power(distilling, undisturbed):
 def test_a_host_that_is_cut_off_and_comes_back_is_no_second_writer(distilling, undisturbed):
     cluster = distilling.site
     lost = next(cluster.hosts[name] for name in working(cluster) if name != "head")
-    before = lost.processes("^ray::Worker")
+    before = lost.processes("^ray::Actor")
     lost.cut()
-    wait(lambda: "was lost" in distilling.said() or "no sign of life" in distilling.said(), "the loss to be noticed", deadline_s=DEADLINE)
+    wait(lambda: "was lost" in distilling.said() or "has not answered" in distilling.said(), "the loss to be noticed", deadline_s=DEADLINE)
     lost.heal()
     ends_as_if_undisturbed(distilling, undisturbed)
-    wait(lambda: not set(before) & set(lost.processes("^ray::Worker")), "the actor of before to be gone", deadline_s=120)
+    wait(lambda: not set(before) & set(lost.processes("^ray::Actor")), "the actor of before to be gone", deadline_s=120)
     assert set(steps(cluster, distilling.out).values()) == {2}
     cluster.wait_for_nodes(3)
 
@@ -141,11 +141,11 @@ def test_a_host_that_is_cut_off_and_comes_back_is_no_second_writer(distilling, u
 def test_a_host_that_stands_still_for_half_a_minute_is_waited_for(distilling, undisturbed):
     cluster = distilling.site
     slow = cluster.hosts[working(cluster)[0]]
-    slow.run("kill -STOP " + " ".join(map(str, slow.processes("^ray::Worker"))))
+    slow.run("kill -STOP " + " ".join(map(str, slow.processes("^ray::Actor"))))
     time.sleep(30)
-    slow.run("kill -CONT " + " ".join(map(str, slow.processes("^ray::Worker"))))
+    slow.run("kill -CONT " + " ".join(map(str, slow.processes("^ray::Actor"))))
     ends_as_if_undisturbed(distilling, undisturbed)
-    assert "lost" not in distilling.said() and "no sign of life" not in distilling.said()
+    assert "was lost" not in distilling.said() and "has not answered" not in distilling.said()
 
 
 def test_the_driver_and_a_worker_host_at_once(distilling, undisturbed):
