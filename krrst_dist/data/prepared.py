@@ -28,6 +28,8 @@ Checksum = Annotated[str, Field(pattern=integrity.PATTERN)]
 Sums = tuple[NonNegative, NonNegative, NonNegative]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.beton$")]
 """of a file beside the manifest: it leads nowhere else"""
+TARGETS_OF = "-targets-"
+"""between the stem of a manifest and the rest of the name of a file of target representations"""
 
 
 @dataclass(frozen=True)

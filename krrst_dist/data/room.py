@@ -17,8 +17,7 @@ from pathlib import Path
 from krrst_dist import storage
 from krrst_dist.data.errors import DataError
 from krrst_dist.data.lock import unused
-from krrst_dist.data.prepared import Prepared
-from krrst_dist.data.targets import BETWEEN
+from krrst_dist.data.prepared import TARGETS_OF, Prepared
 
 
 def lacks(folder: Path, size: int) -> bool:
@@ -69,8 +68,8 @@ def _delete(path: Path, uri: str, what: str) -> None:
 def _sets(folder: Path) -> Iterator[tuple[Path, str, list[Path]]]:
     """Each prepared data set or target file in the folder: what was used, the stem of the data set, and its files."""
     for sidecar in sorted(folder.glob("*.json")):
-        if sidecar.name.endswith(".npy.json") and BETWEEN in sidecar.name:
-            yield sidecar.with_suffix(""), sidecar.name.partition(BETWEEN)[0], [sidecar.with_suffix("")]
+        if sidecar.name.endswith(".npy.json") and TARGETS_OF in sidecar.name:
+            yield sidecar.with_suffix(""), sidecar.name.partition(TARGETS_OF)[0], [sidecar.with_suffix("")]
         else:
             with suppress(DataError):
                 yield sidecar, sidecar.stem, list(Prepared.load(sidecar).files)

@@ -34,8 +34,6 @@ from krrst_dist.data.prepared import Prepared
 from krrst_dist.data.reader import Batch, check_indices, read_in_order
 
 FORMAT = 1
-BETWEEN = "-targets-"
-"""between the name of a prepared data set and the rest of a target file's name"""
 Represent = Callable[[Tensor], Tensor]
 """uint8 [b, C, H, W] -> representations [b, k], on any device"""
 

@@ -12,17 +12,19 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from krrst_dist.data.cache import Cache
 from krrst_dist.data.errors import DataError
 from krrst_dist.data.part import PartJob, Watch
 from krrst_dist.data.prepare import in_this_process
 from krrst_dist.data.prepared import Part
+from krrst_dist.data.readers import Images
 from krrst_dist.on_ray import cluster
 from krrst_dist.on_ray.errors import EngineError
 from krrst_dist.storage import StorageError
@@ -172,10 +174,10 @@ def _write(job: PartJob, threads: int, counter: ray.actor.ActorHandle) -> Part:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _look(job: PartJob, probe: Path | None) -> str | None:
-    """Why this node cannot write parts; None: it can."""
+def _look(images: Images, probe: Path | None) -> str | None:
+    """Why this node cannot write parts; None: it can. Needs no more than the readers: it is to answer soon."""
     try:
-        job.images.require_there()
+        images.require_there()
     except DataError as error:
         return str(error)
     if probe is not None and not probe.exists():
@@ -187,9 +189,9 @@ def _able(jobs: Sequence[PartJob]) -> list[_Node]:
     """The nodes that see the first images, and the folder that parts are written to where nothing carries them from node to node."""
     nodes = [_Node(node["NodeID"], node["NodeManagerHostname"], int(node["Resources"].get("CPU", 0)))
              for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
-    job = replace(jobs[0], images=jobs[0].images.some(0, min(_LOOKED_AT, len(jobs[0].images))))
-    with _probe(job) as probe:
-        asked = {node: _look.options(scheduling_strategy=_at(node.id)).remote(job, probe) for node in nodes}
+    images = jobs[0].images.some(0, min(_LOOKED_AT, len(jobs[0].images)))
+    with _probe(jobs[0].cache) as probe:
+        asked = {node: _look.options(scheduling_strategy=_at(node.id)).remote(images, probe) for node in nodes}
         if asked:
             ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER)
         why = {node: _answer(reference) for node, reference in asked.items()}
@@ -200,12 +202,12 @@ def _able(jobs: Sequence[PartJob]) -> list[_Node]:
 
 
 @contextmanager
-def _probe(job: PartJob) -> Iterator[Path | None]:
+def _probe(cache: Cache) -> Iterator[Path | None]:
     """A file in the cache's folder, by which a node knows it; None where that need not be the same folder for all."""
-    if job.cache.remote is not None:
+    if cache.remote is not None:
         yield None
         return
-    probe = job.cache.local / f".probe-{uuid.uuid4().hex}"
+    probe = cache.local / f".probe-{uuid.uuid4().hex}"
     probe.touch()
     try:
         yield probe

@@ -11,8 +11,8 @@ from torch import Tensor
 from krrst_dist.config import Config
 from krrst_dist.data.cache import Cache
 from krrst_dist.data.normalise import normalise
-from krrst_dist.data.prepared import Prepared, held_out_split
-from krrst_dist.data.targets import BETWEEN, write_targets
+from krrst_dist.data.prepared import TARGETS_OF, Prepared, held_out_split
+from krrst_dist.data.targets import write_targets
 from krrst_dist.evaluation.target_model import load_target, target_fingerprint
 from krrst_dist.on_ray import assembly, cluster
 from krrst_dist.on_ray.target_training import train_target
@@ -24,7 +24,7 @@ def compute(config: Config, source: Prepared, cache: Cache, *, wait: bool) -> Pa
     fingerprint = target_fingerprint(load_target(model, resolution=source.resolution))
     standard = f"-standardised-{config.source.held_out}-{config.source.split_seed}" if config.target.standardise else ""
     views = f"{views_of(config)}-views" + (f"-{config.source.split_seed}" if views_of(config) else "")
-    path = source.path.with_name(f"{source.path.stem}{BETWEEN}{fingerprint}-{views}{standard}.npy")
+    path = source.path.with_name(f"{source.path.stem}{TARGETS_OF}{fingerprint}-{views}{standard}.npy")
     sidecar = path.with_name(path.name + ".json")
     if cache.holds(path, sidecar):
         print(f"target representations: already there, {path}", flush=True)
