@@ -26,9 +26,9 @@ done
 markers=""
 for name in "${left_out[@]}"; do markers+="${markers:+ and }not $name"; done
 
-# What hosts are made of. Debian would start an ssh server on this machine; it is told not to.
+# What hosts and bare systems are made of. Debian would start an ssh server on this machine; it is told not to.
 install_for_hosts() {
-    local packages=(openssh-server rsync iproute2 procps) policy=/usr/sbin/policy-rc.d
+    local packages=(openssh-server rsync iproute2 procps debootstrap) policy=/usr/sbin/policy-rc.d
     dpkg -s "${packages[@]}" >/dev/null 2>&1 && return
     [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null || { echo "tests/run.sh: --cluster takes root on Debian or Ubuntu" >&2; exit 2; }
     if [ ! -e $policy ]; then

@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib import metadata
 
 import pytest
 import ray
 import yaml
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from krrst_dist.config import ConfigError
@@ -95,6 +98,22 @@ def test_on_kubernetes_gpu_workers_come_and_go_and_the_head_computes_nothing(kub
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     for part in ("limits", "requests"):
         assert workers["template"]["spec"]["containers"][0]["resources"][part]["nvidia.com/gpu"] == "1"
+
+
+def test_the_pinned_versions_fit_each_other_and_what_a_head_on_aws_installs_is_among_them():
+    lines = (ROOT / "clusters/constraints.txt").read_text().splitlines()
+    pins = {canonicalize_name(pin.name): pin for pin in map(Requirement, (line for line in lines if line and line[0] != "#"))}
+    assert "boto3" in pins
+    for name, pin in pins.items():
+        try:
+            needed = [Requirement(text) for text in metadata.requires(name) or []]
+        except metadata.PackageNotFoundError:  # for the other Python
+            continue
+        for need in needed:
+            other = pins.get(canonicalize_name(need.name))
+            if other and (need.marker is None or need.marker.evaluate({"extra": ""})):
+                version = str(other.specifier).removeprefix("==")
+                assert need.specifier.contains(version, prereleases=True), f"{pin} needs {need}, not {version}"
 
 
 def test_gpu_workers_come_and_go():
