@@ -171,7 +171,7 @@ def test_another_recipe_split_or_seed_is_another_cell(tmp_path):
     for changes in ({}, {}, {"finetune": {"steps": 4, "batch": 32}}, {"split": "validation"}, {"seeds": [1]},
                     {"pretrain": {"features": {"steps": 4}}}, {"architectures": [{"name": "convnet", "widths": [8, 4]}]}):
         one = Grid(**SMALL | {"sets": [{"method": "a", "path": "a"}]} | changes)
-        planned, = plan(one, found, grid._targets(one, images, places(tmp_path)), {}, str(tmp_path))
+        planned, = plan(one, found, grid._targets(one, images, places(tmp_path), wait=False), {}, str(tmp_path))
         cells.add(planned.cell.key)
         models.add(planned.encoder.uri)
     assert len(cells) == 6
