@@ -17,6 +17,7 @@ import engine_parts
 import torch
 from engine_parts import Parts, serial
 
+from krrst_dist import storage
 from krrst_dist.config import Config
 from krrst_dist.on_ray.coordinator import Coordinator
 from krrst_dist.on_ray.stopping import Stop
@@ -31,8 +32,7 @@ class Named(Parts):
 
     def __call__(self, shard: int):
         folder = Path(self.folder)
-        (folder / f".process-of-{shard}").write_text(str(os.getpid()))
-        (folder / f".process-of-{shard}").rename(folder / f"process-of-{shard}")  # whole, whoever reads it when
+        storage.write_whole(folder / f"process-of-{shard}", str(os.getpid()).encode())
         built = super().__call__(shard)
         read = built.batches.next
 
