@@ -210,6 +210,7 @@ class EngineSettings(Settings):
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """arithmetic of the feature extractor; ridge regression is float32 always"""
     checkpoint_every: Positive = 1000
+    """updates between checkpoints; others are written before the held-out loss is measured and when the run is stopped"""
     keep: Positive = 3
     """checkpoints kept"""
 

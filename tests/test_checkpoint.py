@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from krrst_dist.artifacts import ArtifactError
 from krrst_dist.config import ConfigError
+from krrst_dist.on_ray import patience
 from krrst_dist.on_ray.checkpoint import Checkpoints, Facts, require_same
 from krrst_dist.on_ray.errors import TakenOverError
 from krrst_dist.on_ray.progress import Record, read_history
@@ -47,7 +48,7 @@ def folders(directory: Path) -> list[str]:
 
 
 def test_the_last_checkpoints_are_kept_with_all_that_a_resume_needs(finished):
-    assert folders(finished) == ["step-00000004-1", "step-00000008-1", "step-00000012-1"]
+    assert folders(finished) == ["step-00000006-1", "step-00000008-1", "step-00000012-1"]  # 6: before the held-out loss is measured
     newest = finished / "checkpoints" / "step-00000012-1"
     manifest = json.loads((newest / "manifest.json").read_text())
     names = sorted(path.name for path in newest.iterdir())
@@ -172,7 +173,8 @@ class Obstructed(Parts):
         return built
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_nothing_half_written(ray_cluster, tmp_path):
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_nothing_half_written(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(patience, "PATIENCE", 0.0)
     with pytest.raises(StorageError, match=r"cannot write .*shard-1.safetensors.*the last good checkpoint is .*step-00000004-1"):
         run(config(), tmp_path, build=Obstructed(config(), directory=str(tmp_path)))
     assert folders(tmp_path) == ["step-00000000-1", "step-00000004-1"]
