@@ -75,7 +75,8 @@ class Site:
         """Addresses of the nodes that live, as the head's dashboard has it; none where it does not answer."""
         with suppress(RuntimeError, subprocess.TimeoutExpired, ValueError):
             said = self.hosts["head"].run(f"python -I -S -c {shlex.quote(ASK)}", timeout=60).stdout
-            return sorted(node["ip"] for node in json.loads(said)["data"]["summary"] if node["raylet"].get("state") == "ALIVE")
+            raylets = [node["raylet"] for node in json.loads(said)["data"]["summary"]]
+            return sorted(raylet["nodeManagerAddress"] for raylet in raylets if raylet.get("state") == "ALIVE")
         return []
 
     def listing(self, uri: str) -> str:
