@@ -75,7 +75,8 @@ class Site:
         """Addresses of the nodes that live, as the head's dashboard has it; none where it does not answer."""
         with suppress(RuntimeError, subprocess.TimeoutExpired, ValueError):
             said = self.hosts["head"].run(f"python -I -S -c {shlex.quote(ASK)}", timeout=60).stdout
-            return sorted(node["ip"] for node in json.loads(said)["data"]["summary"] if node["raylet"].get("state") == "ALIVE")
+            raylets = [node["raylet"] for node in json.loads(said)["data"]["summary"]]
+            return sorted(raylet["nodeManagerAddress"] for raylet in raylets if raylet.get("state") == "ALIVE")
         return []
 
     def listing(self, uri: str) -> str:
@@ -113,6 +114,7 @@ def site() -> Iterator[Site]:
 def _furnish_laptop(made: Site) -> None:
     """The project, its edited description of the cluster, keys, and the S3 server (a container or another machine's, elsewhere)."""
     home = made.laptop.home
+    _install(made.laptop, PROJECT)
     shutil.copytree(ROOT, home / "project", symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT))
     file = home / "project" / DESCRIPTION
     text = file.read_text()
@@ -141,11 +143,16 @@ def _furnish(host: Host) -> None:
     (host.home / "krrst/.venv").symlink_to(VENV)
     resources = json.dumps({"CPU": 1, "object_store_memory": 300_000_000})  # of the whole machine's
     (host.home / ".bashrc").write_text(f"export OMP_NUM_THREADS=1 RAY_OVERRIDE_RESOURCES='{resources}'\n")
-    for finder in Path(VENV).glob("lib/python*/site-packages/__editable___krrst_dist*finder.py"):
-        there = host.folder / "venv" / finder.relative_to(VENV)
-        there.parent.mkdir(parents=True)
-        there.write_text(re.sub(r"'[^']*(/krrst_dist[^']*)'", r"'/root/krrst\1'", finder.read_text()))
+    _install(host, "/root/krrst")
     # Its stamp is a hash of these files, which `ray up` copies, and of the place (setup_node.sh).
     files = [ROOT / name for name in ("clusters/constraints.txt", "pyproject.toml", "clusters/setup_node.sh")]
     stamp = hashlib.sha256(b"".join(file.read_bytes() for file in files) + b"/root/krrst\n").hexdigest()
     (host.folder / "venv/.krrst-setup").write_text(f"{stamp}\n")
+
+
+def _install(host: Host, place: str) -> None:
+    """As if the package were installed in place from there in the host's environment, and not from this checkout."""
+    for finder in Path(VENV).glob("lib/python*/site-packages/__editable___krrst_dist*finder.py"):
+        there = host.folder / "venv" / finder.relative_to(VENV)
+        there.parent.mkdir(parents=True)
+        there.write_text(re.sub(r"'[^']*(/krrst_dist[^']*)'", rf"'{place}\1'", finder.read_text()))

@@ -152,7 +152,8 @@ class Host:
 
     def processes(self, pattern: str) -> list[int]:
         """Its processes whose command line matches, by their number there."""
-        return [int(pid) for pid in self.run(f"pgrep -f -- {shlex.quote(pattern)} || true").stdout.split()]
+        found = self.run(f"exec pgrep -f -- {shlex.quote(pattern)}", check=False)  # in place of the shell, which would match, too
+        return [int(pid) for pid in found.stdout.split()]
 
     def _pid(self) -> int:
         """Of its first process, as seen from here."""

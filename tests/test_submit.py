@@ -25,7 +25,7 @@ from conftest import ROOT
 from krrst_dist import paths, provenance
 from krrst_dist.config import CARRIED, ConfigError, load_preset
 from krrst_dist.on_ray import submit
-from krrst_dist.on_ray.cluster import ClusterError, job_cluster
+from krrst_dist.on_ray.cluster import ClusterError, job_cluster, token
 from krrst_dist.on_ray.submit import absolute_paths, check_address, own_files, runtime_env
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray sets for a job's entry point
@@ -132,11 +132,27 @@ def cluster() -> Iterator[str]:
     shutil.rmtree(folder)
 
 
-def test_a_cluster_with_tokens_is_found_and_who_has_none_is_told(cluster, monkeypatch):
+def test_a_cluster_with_tokens_is_found_and_who_has_none_or_another_is_told(cluster, monkeypatch):
     check_address(cluster, name="--address")
-    monkeypatch.setattr(submit, "has_token", lambda: False)
-    with pytest.raises(ClusterError, match=f"--address = '{cluster}': the cluster asks for a token.*copy the head's ~/.ray/auth_token"):
-        check_address(cluster, name="--address")
+    for shown, said in ((None, "there is none here"), ("another", "the one here is another")):
+        monkeypatch.setattr(submit, "token", lambda shown=shown: shown)
+        with pytest.raises(ClusterError, match=f"--address = '{cluster}': the cluster asks for its token and {said}.*copy the head's"):
+            check_address(cluster, name="--address")
+
+
+def test_the_token_that_is_shown_is_that_of_the_variables_before_that_of_the_file(monkeypatch, tmp_path):
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert token() is None
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").write_text("of the file\n")
+    assert token() == "of the file"
+    (tmp_path / "other").write_text("of the other file")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "other"))
+    assert token() == "of the other file"
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of the variable")
+    assert token() == "of the variable"
 
 
 def test_outside_a_job_results_go_under_the_project():

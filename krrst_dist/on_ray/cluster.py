@@ -17,7 +17,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def job_cluster(folder: Path) -> Iterator[str]:
 
     Raises ClusterError when it does not start.
     """
-    if not has_token():
+    if token() is None:
         subprocess.run([ray_command(), "get-auth-token", "--generate"], stdout=subprocess.DEVNULL, check=True)
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
@@ -162,9 +162,13 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def has_token() -> bool:
-    """Is there a token that clients can show to a cluster?"""
-    return "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ or Path("~/.ray/auth_token").expanduser().exists()
+def token() -> str | None:
+    """The token that clients here show to a cluster, by Ray's rules; None where there is none."""
+    if given := os.environ.get("RAY_AUTH_TOKEN"):
+        return given
+    with suppress(OSError):
+        return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser().read_text().strip() or None
+    return None
 
 
 def ray_command() -> str:

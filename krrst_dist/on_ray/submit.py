@@ -25,7 +25,7 @@ import yaml
 
 from krrst_dist.config import CARRIED, is_own_file, read_yaml
 from krrst_dist.grid_config import load_grid
-from krrst_dist.on_ray.cluster import ClusterError, has_token, job_cluster, ray_command
+from krrst_dist.on_ray.cluster import ClusterError, job_cluster, ray_command, token
 from krrst_dist.on_ray.group import PINNED
 from krrst_dist.on_ray.stopping import handled
 from krrst_dist.paths import PROJECT, STORAGE, absolute, data_directory
@@ -82,16 +82,19 @@ def check_address(address: str, *, name: str) -> None:
         host = rest.partition(":")[0] if rest != "auto" else ""
         raise ClusterError(f"{name} = {address!r}: a job is submitted to the cluster's dashboard, http://HOST:8265; host:port (usually "
                            f"6379) is what `krrst distill` and jobs/ join with RAY_ADDRESS; give --address http://{host or 'HOST'}:8265")
+    shown = token()
+    headers = {"Authorization": f"Bearer {shown}"} if shown else {}
     try:
-        answer = requests.get(f"{address.rstrip('/')}/api/version", timeout=ANSWER_SECONDS)
+        answer = requests.get(f"{address.rstrip('/')}/api/version", headers=headers, timeout=ANSWER_SECONDS)
         found = f"something answers there that is no Ray dashboard (status {answer.status_code})"
         wants_token, is_ray = answer.status_code in (401, 403), "ray_version" in answer.text
     except requests.RequestException as error:
         found, wants_token, is_ray = f"no cluster answers there ({_reason(error)})", False, False
-    if wants_token and not has_token():
-        raise ClusterError(f"{name} = {address!r}: the cluster asks for a token and there is none here; copy the head's ~/.ray/auth_token "
-                           f"to the same place here")
-    if not (is_ray or wants_token):
+    if wants_token:
+        found = "there is none here" if shown is None else "the one here is another (that of RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, if set)"
+        raise ClusterError(f"{name} = {address!r}: the cluster asks for its token and {found}; copy the head's ~/.ray/auth_token to the "
+                           f"same place here")
+    if not is_ray:
         raise ClusterError(f"{name} = {address!r}: {found}; check that the cluster is up (`ray status` on its head), that the port is the "
                            f"dashboard's (8265 by default) and that this machine reaches it (`ray dashboard CLUSTER.yaml` opens a tunnel)")
 
@@ -156,7 +159,7 @@ def _run(address: str, entrypoint: list[str], *, root: Path, storage: str | None
     code = revision(root)
     submission = f"krrst-{uuid.uuid4().hex[:12]}"
     # Clients show the token only when told to, even where there is one.
-    environment = ({"RAY_AUTH_MODE": "token"} if has_token() else {}) | {k: v for k, v in os.environ.items() if k not in OVERRULING}
+    environment = ({"RAY_AUTH_MODE": "token"} if token() else {}) | {k: v for k, v in os.environ.items() if k not in OVERRULING}
     command = [ray_command(), "job", "submit", "--address", address, "--submission-id", submission, "--working-dir", str(root),
                "--runtime-env-json", json.dumps(runtime_env(code, storage, settings)),
                "--metadata-json", json.dumps({"commit": code.commit, "dirty": str(code.dirty)}), "--", *entrypoint]
