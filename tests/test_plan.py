@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from krrst_dist.bench import plan as planning
 from krrst_dist.bench.cost import Cost
 from krrst_dist.bench.plan import bytes_a_second, main, measured, plan
 from krrst_dist.config import ConfigError, load_preset
@@ -32,7 +31,7 @@ def test_a_slow_network_is_what_limits_slices_and_shards():
     assert slices.limit == "moving weights and features through one link" and shards.limit == "summing gradients over the network"
     assert shards.parts["summing gradients over the network"] == pytest.approx(2 * 7 / 8 * 4 * 2000 * (3 * 64**2 + 512) / 1.25e8)
     fast = plan(preset="tinyimagenet", gpus=8, bandwidth="400Gb")
-    assert fast[1].seconds < slices.seconds and fast[2].efficiency > 0.7 > shards.efficiency
+    assert fast[1].seconds < slices.seconds and fast[2].efficiency > 0.9 > shards.efficiency
 
 
 def test_the_price_is_hours_times_gpus(capsys):
@@ -60,7 +59,6 @@ def test_what_cannot_be_planned_is_refused(given, complaint):
 
 def test_every_constant_says_where_it_is_from():
     assert all("commit" in gpu["from"] and "krrst bench" in gpu["from"] for gpu in measured()["gpus"].values())
-    assert "krrst bench engine" in measured()["overhead"]["from"] and planning.OPTIMISER > 0
 
 
 def test_the_command_line_plans(capsys):

@@ -1,7 +1,8 @@
 """`krrst plan`: what a run would take on so many GPUs, before one is rented. Counted (`cost.py`) and measured (`measured.yaml`), not run.
 
 Layouts of one preset are compared: one GPU; P slices of one shard's update (the same algorithm, S = 1); S shards (an update then averages S
-models). Every GPU is taken to be a host of its own behind a link of the given bandwidth.
+models). Every GPU is taken to be a host of its own behind a link of the given bandwidth. What the engine adds (`krrst bench engine`) is not
+in it yet.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from krrst_dist.bench.cost import FLOAT, Cost, Overhead
+from krrst_dist.bench.cost import FLOAT, Cost
 from krrst_dist.config import Config, ConfigError, load_preset, nearest
 
 OPTIMISER = 6
@@ -106,12 +107,11 @@ class _Reckoning:
     link: float  # bytes a second, each way
 
     def shards(self, shards: int, name: str) -> Layout:
-        """S shards on as many GPUs, summed by all-reduce from GPU to GPU: of the engine there are only its calls."""
+        """S shards on as many GPUs, summed by all-reduce."""
         cost = Cost.of(self.config, shards=shards)
         work = self._seconds(cost.train, cost.real, cost.synthetic, cost.ridge)
         travel = 2 * (shards - 1) / shards * cost.learned / self.link
-        parts = {"computing": work, "summing gradients over the network": travel,
-                 "the engine": self._overhead("collective").seconds(0, shards) if shards > 1 else 0.0}
+        parts = {"computing": work, "summing gradients over the network": travel}
         return Layout(name, shards, parts, alone=shards * work, memory=self._memory(cost))
 
     def slices(self, slices: int) -> Layout:
@@ -124,15 +124,11 @@ class _Reckoning:
         travel = (slices - 1) * (cost.weights + cost.learned) + others * (cost.features + syn + cost.learned)
         parts = {"training the pool model, on one GPU": self._seconds(cost.train), "the ridge head, on one GPU": self._seconds(cost.ridge),
                  "features and their gradients": self._seconds(cost.real, cost.synthetic) / slices,
-                 "moving weights and features through one link": travel / self.link,
-                 "the engine": self._overhead("store").seconds(cost.learned, slices)}
+                 "moving weights and features through one link": travel / self.link}
         return Layout(f"S = 1, P = {slices} slices", slices, parts, alone=alone, memory=self._memory(cost))
 
     def _seconds(self, *operations: float) -> float:
         return sum(operations) / self.rate
-
-    def _overhead(self, way: str) -> Overhead:
-        return Overhead(**self.constants["overhead"][way])
 
     def _memory(self, cost: Cost) -> float:
         return self.constants["peak_over_activations"] * cost.activations + cost.pool + OPTIMISER * cost.learned + cost.features + \
@@ -143,7 +139,7 @@ def _report(config: Config, layouts: list[Layout], updates: int, price: float | 
     first, settings = layouts[0], config.distill
     lines = [f"{config.preset}: m = {settings.m}, b = {settings.batch}, {config.source.resolution} px, {updates:,} updates; "
              f"{circumstances}",
-             f"a prediction; compute measured by: {origin}", "",
+             f"a prediction without the engine's own time; compute measured by: {origin}", "",
              "| layout | GPUs | seconds an update | updates a second, of one GPU's | efficiency | memory a GPU | hours |"
              + (" price |" if price is not None else "") + " most time goes to |",
              "| --- | ---: | ---: | ---: | ---: | ---: | ---: |" + (" ---: |" if price is not None else "") + " --- |"]
