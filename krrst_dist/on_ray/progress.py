@@ -109,6 +109,9 @@ class Record:
         """Write the table, whole, and bring TensorBoard up to date."""
         table = pa.Table.from_pylist(list(self._rows.values()), schema=_SCHEMA)
         storage.write_whole(storage.join(self._directory, HISTORY), parquet.encode(table))
+        if self._board is None:
+            with suppress(OSError):
+                self._board = self._open_board()
         self._draw({})
         if self._upload_from:
             for file in self._upload_from.iterdir():
@@ -143,10 +146,11 @@ class Record:
     def _draw(self, scalars: Mapping[str, float], step: int | None = None) -> None:
         """Points for TensorBoard, and all that it has so far to the disk. What a disk refuses is lost: that ends no run.
 
-        A writer that has met an error repeats it for ever, so that the next points get a new one.
+        A writer that has met an error repeats it for ever, so that there is none until `save` finds that the disk works again.
         """
+        if self._board is None:
+            return
         try:
-            self._board = self._board or self._open_board()
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
             self._board.flush()
