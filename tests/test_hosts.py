@@ -17,8 +17,9 @@ from cluster_site import DASHBOARD, Site, site, wait
 
 pytestmark = pytest.mark.cluster
 
-RUN = ("--preset quickstart --repeats 1 --target.steps 100 --distill.updates 240 --distill.shards 3 --distill.pool.max-steps 60 "
-       "--engine.checkpoint-every 20 --evaluate.every 1000 --evaluate.networks 1 --evaluate.pretrain.steps 20 --evaluate.probe.steps 20")
+RUN = ("--preset quickstart --repeats 1 --target.steps 100 --distill.updates 240 --distill.shards 3 --distill.batch 255 "
+       "--distill.pool.max-steps 60 --engine.checkpoint-every 20 --evaluate.every 1000 --evaluate.networks 1 "
+       "--evaluate.pretrain.steps 20 --evaluate.probe.steps 20")
 BEFORE = 40  # updates done when something happens
 DEADLINE = 900  # seconds for a run that takes a minute on two idle cores
 
