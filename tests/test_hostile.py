@@ -31,13 +31,13 @@ from krrst_dist.results.schema import ResultsError
 
 @pytest.fixture(autouse=True)
 def quickly_and_in_little_memory() -> Iterator[None]:
-    """Within 10 s and 3 GB: more is an error where it is asked for."""
+    """Within a minute and 3 GB: more is an error where it is asked for."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before, began = resource.getrlimit(resource.RLIMIT_AS), time.monotonic()
     resource.setrlimit(resource.RLIMIT_AS, (used + 3_000_000_000, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("size", [20, 100_000_000_020])
