@@ -206,7 +206,8 @@ class EngineSettings(Settings):
     """GPUs of one actor (fractions share one)"""
     aggregate: Literal["store", "collective"] | None = None
     """how the actors' gradients are summed. store: by the driver, in an order that does not depend on the actors. collective: by
-    all-reduce among them, rounding as it comes. Default: collective for several actors with a GPU each, else store"""
+    all-reduce among them, rounding as it comes. Default: collective for several actors with a GPU each that have shards of their own,
+    else store"""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """arithmetic of the feature extractor; ridge regression is float32 always"""
     checkpoint_every: Positive = 1000
@@ -259,6 +260,9 @@ class Config(Settings):
             remedy = "" if slices is None else "slices (which changes rounding) or "
             raise ValueError(f"engine.actors = {self.engine.actors} exceeds {parts} = {self.distill.shards * (slices or 1)}: an actor "
                              f"hosts at least one shard{other}; take fewer actors, or raise {remedy}shards (which changes the result)")
+        if self.engine.aggregate == "collective" and self.engine.actors > self.distill.shards:
+            raise ValueError(f"engine.aggregate = 'collective' does not go with actors that share a shard's slices (engine.actors = "
+                             f"{self.engine.actors}, distill.shards = {self.distill.shards}); leave it out, or take actors <= shards")
         if (self.engine.min_actors or 0) > self.engine.actors:
             raise ValueError(f"engine.min_actors = {self.engine.min_actors} exceeds engine.actors = {self.engine.actors}, the number that "
                              f"is wanted; take min_actors <= actors")

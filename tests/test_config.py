@@ -102,6 +102,9 @@ def test_settings_are_frozen_and_travel():
                             "take batch = 1023"),
     ({"engine.actors": 2}, "engine.actors = 2 exceeds distill.shards * distill.slices = 1: an actor hosts at least one shard, or a slice "
                            "of one; take fewer actors, or raise slices (which changes rounding) or shards (which changes the result)"),
+    ({"engine.actors": 2, "distill.slices": 2, "engine.aggregate": "collective"},
+     "engine.aggregate = 'collective' does not go with actors that share a shard's slices (engine.actors = 2, distill.shards = 1); leave "
+     "it out, or take actors <= shards"),
     ({"engine.min_actors": 2}, "engine.min_actors = 2 exceeds engine.actors = 1, the number that is wanted; take min_actors <= actors"),
 ])
 def test_a_setting_that_cannot_be_used_is_refused_with_field_value_and_rule(overrides, complaint):

@@ -186,7 +186,8 @@ class Coordinator:
 
     def _loop(self, group: WorkerGroup, outer: Outer, record: Record, *, restored: bool, room: Room) -> Outcome:
         updates, every = self._config.distill.updates, self._config.evaluate.every
-        aggregator = (CollectiveAggregator if self._config.engine.collective else ObjectStoreAggregator)(group, outer, self._work.combine)
+        collective = self._config.engine.collective and not group.layout.spread
+        aggregator = (CollectiveAggregator if collective else ObjectStoreAggregator)(group, outer, self._work.combine)
         if not restored:
             self._warm_up(group, aggregator)
             self._save(group, aggregator, record, step=0)
