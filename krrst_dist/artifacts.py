@@ -152,8 +152,9 @@ def read_safetensors(uri: str | Path, load: Callable[[bytes], dict[str, Any]] = 
 
     Raises ArtifactError when it is damaged, or when its header is longer than any of ours: then it is not read at all.
     """
-    length = int.from_bytes(storage.read_start(uri, 8), "little")
-    if length > HEADER:
+    start = storage.read_start(uri, 8)
+    length = int.from_bytes(start, "little")
+    if len(start) == 8 and length > HEADER:
         raise ArtifactError(f"{uri} begins with a header of {storage.in_words(length)}, as it says: it is no safetensors file, or one that "
                             f"was made to exhaust memory; do not use it")
     payload = storage.read_whole(uri)

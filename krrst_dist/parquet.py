@@ -35,6 +35,8 @@ def decode(payload: bytes) -> pa.Table:
     for batch in file.iter_batches(_ROWS, use_threads=False):
         _require_bearable(size := size + batch.nbytes)
         batches.append(batch)
+    if (rows := sum(batch.num_rows for batch in batches)) != file.metadata.num_rows:
+        raise ValueError(f"{rows} rows where its metadata say {file.metadata.num_rows}")
     return pa.Table.from_batches(batches, schema=file.schema_arrow)
 
 
