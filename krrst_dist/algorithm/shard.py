@@ -46,6 +46,11 @@ class _Ahead:
     f_real: Tensor | None
 
 
+def on_device(images: Tensor, device: torch.device) -> Tensor:
+    """Images [n, C, H, W] as networks take them."""
+    return images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+
+
 class Shard:
     """Pool and batches of one logical shard on one device.
 
@@ -134,7 +139,7 @@ class Shard:
 
     def images(self, x: Tensor) -> Tensor:
         """Images as the networks take them."""
-        return x.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        return on_device(x, self.device)
 
     def _read(self) -> tuple[Tensor, Tensor]:
         x_real, y_real = self.batches.next()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from krrst_dist.algorithm.meta_gradient import Pullable, cut, head_gradient, real_features
 from krrst_dist.algorithm.pool import DivergedError, State
 from krrst_dist.algorithm.precision import Precision, arithmetic
-from krrst_dist.algorithm.shard import RealBatches, Shard
+from krrst_dist.algorithm.shard import RealBatches, Shard, on_device
 
 Features = tuple[Tensor, Tensor]
 """f_syn [about m / P, d] and f_real [about b / P, d] of one slice"""
@@ -75,14 +75,11 @@ class Slice:
         """Features of its rows under the drawn model; the next batch is read. weights: as `SlicedShard.weights` gives them."""
         self._network.load_state_dict(weights)
         x_real, _ = self.batches.next()
-        return self._rows.features(self._network, self._images(x_syn), self._images(x_real))
+        return self._rows.features(self._network, on_device(x_syn, self._device), on_device(x_real, self._device))
 
     def pull_back(self, g_features: Tensor) -> Tensor:
         """Its rows of dL/dX_s. Raises DivergedError when they are not finite."""
         return self._rows.pull_back(g_features)
-
-    def _images(self, x: Tensor) -> Tensor:
-        return x.to(self._device, non_blocking=True).contiguous(memory_format=torch.channels_last)
 
 
 class SlicedShard:
