@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from krrst_dist import config as configuration
 from krrst_dist import plugins
-from krrst_dist.config import Config, ConfigError, Settings
+from krrst_dist import presets_and_grids as files
+from krrst_dist.config import Config, ConfigError, Settings, nearest
 from krrst_dist.grid_config import Grid, load_grid
 
 USAGE = """krrst: self-supervised dataset distillation (KRR-ST)
@@ -87,9 +87,9 @@ def parse_run(argv: Sequence[str], *, command: str = "krrst distill", preset: st
     chosen, rest = first.parse_known_args(list(argv))
     try:
         return tyro.cli(Run, args=rest, prog=command,
-                        description=f"Presets (--preset, default {preset}): {', '.join(configuration.preset_names())}\n"
+                        description=f"Presets (--preset, default {preset}): {', '.join(files.preset_names())}\n"
                                     f"Methods (--method, default: the preset's): {', '.join(plugins.names())}",
-                        default=Run(config=configuration.load_preset(chosen.preset, method=chosen.method)))
+                        default=Run(config=files.load_preset(chosen.preset, method=chosen.method)))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -100,7 +100,7 @@ def parse_grid(argv: Sequence[str], *, command: str = "krrst grid") -> GridRun:
     first = argparse.ArgumentParser(prog=command, add_help=False, allow_abbrev=False)
     first.add_argument("--grid")
     chosen, rest = first.parse_known_args(list(argv))
-    known = f"{', '.join(configuration.shipped('grids'))}, or the path of a .yaml file"
+    known = f"{', '.join(files.shipped('grids'))}, or the path of a .yaml file"
     if chosen.grid is None:
         print(f"{command}: --grid says what to compute: {known}" if {"-h", "--help"} & set(rest) else
               f"error: --grid is missing; give one of {known}", file=sys.stderr)
@@ -117,11 +117,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`krrst ...`; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE + ", ".join(configuration.preset_names()))
+        print(USAGE + ", ".join(files.preset_names()))
         return 0
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
-        print(f"krrst {command}: no such command; {configuration.nearest(command, list(COMMANDS))}", file=sys.stderr)
+        print(f"krrst {command}: no such command; {nearest(command, list(COMMANDS))}", file=sys.stderr)
         return 2
     return guarded(lambda: COMMANDS[command](rest), again="the same command" if command == "grid" else WITH_RESUME)
 

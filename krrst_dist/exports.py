@@ -17,8 +17,9 @@ from PIL import Image
 
 from krrst_dist import networks, parquet, storage
 from krrst_dist.artifacts import ArtifactError, DistilledSet, Space
-from krrst_dist.config import ConfigError, load_preset
+from krrst_dist.config import ConfigError
 from krrst_dist.data import sources
+from krrst_dist.presets_and_grids import load_preset
 
 ABOUT = "about.json"
 RELEASED = "cifar100-released"  # what the authors published files of

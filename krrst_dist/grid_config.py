@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field, model_validator
 
-from krrst_dist.config import NetworkSettings, NonNegative, Positive, ProbeSettings, Settings, read_yaml, shipped
+from krrst_dist.config import NetworkSettings, NonNegative, Positive, ProbeSettings, Settings
+from krrst_dist.presets_and_grids import read_yaml, shipped
 from krrst_dist.recipes import FinetuneSettings, KDSettings
 
 Task = Literal["finetune", "probe", "knn", "kd", "fid"]

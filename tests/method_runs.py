@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from krrst_dist.artifacts import DistilledSet
-from krrst_dist.config import load_preset
 from krrst_dist.on_ray import pipeline
+from krrst_dist.presets_and_grids import load_preset
 
 UPDATES, CHECKPOINT_EVERY = 4, 2
 _NARROW = {"network.widths": [4, 4]}

@@ -26,8 +26,9 @@ from krrst_dist.bench.serial import bench_serial
 from krrst_dist.bench.step import bench_step
 from krrst_dist.bench.textbook import TextbookStep, crop_and_flip
 from krrst_dist.bench.update import bench_update
-from krrst_dist.config import ConfigError, load_preset
+from krrst_dist.config import ConfigError
 from krrst_dist.evaluation.target_model import load_target
+from krrst_dist.presets_and_grids import load_preset
 
 X_SYN, Y_SYN, X_REAL, Y_REAL = problem()
 

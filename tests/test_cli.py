@@ -13,7 +13,7 @@ import yaml
 from settings import another_value, settings
 
 from krrst_dist import cli, exports
-from krrst_dist.config import load_preset
+from krrst_dist.presets_and_grids import load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB = ROOT / "jobs" / "distill_imagenet.py"

@@ -12,10 +12,11 @@ import yaml
 from settings import another_value, settings
 
 from krrst_dist import networks
-from krrst_dist.config import CARRIED, Config, ConfigError, NetworkSettings, load_preset, parse, preset_names
+from krrst_dist.config import Config, ConfigError, NetworkSettings, parse
 from krrst_dist.data import sources
 from krrst_dist.grid_config import load_grid
 from krrst_dist.on_ray.preflight import check_names
+from krrst_dist.presets_and_grids import CARRIED, load_preset, preset_names
 
 PUBLISHED = {  # METHOD 5: data set, resolution, m, widths, target, k, learning rate; and d
     "cifar100": ("cifar100", 32, 1000, (128, 256, 512), "resnet18", 512, 1e-4, 8192),

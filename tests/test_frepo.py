@@ -15,8 +15,9 @@ from krrst_dist import networks, seeds
 from krrst_dist.algorithm import ModelPool, meta_gradient
 from krrst_dist.algorithm.lamb import Lamb
 from krrst_dist.artifacts import DistilledSet
-from krrst_dist.config import ConfigError, load_preset
+from krrst_dist.config import ConfigError
 from krrst_dist.methods.frepo import METHOD, FRePoShard, Shard, frepo_objective, label_margin_loss, lecun_normal, member_loss
+from krrst_dist.presets_and_grids import load_preset
 
 
 @pytest.fixture(scope="module")

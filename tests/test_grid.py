@@ -25,7 +25,7 @@ import yaml
 from krrst_dist import cli, provenance
 from krrst_dist.algorithm import DivergedError
 from krrst_dist.artifacts import DistilledSet, Space
-from krrst_dist.config import ConfigError, NetworkSettings, load_preset
+from krrst_dist.config import ConfigError, NetworkSettings
 from krrst_dist.data.errors import DataError
 from krrst_dist.data.sources import open_images
 from krrst_dist.evaluation.target_model import save_target, untrained
@@ -35,6 +35,7 @@ from krrst_dist.on_ray.grid_plan import check_grid, plan
 from krrst_dist.on_ray.grid_sets import _code, given, load_presets
 from krrst_dist.on_ray.grid_work import Target
 from krrst_dist.on_ray.places import Places
+from krrst_dist.presets_and_grids import load_preset
 from krrst_dist.provenance import Revision
 from krrst_dist.results import ResultStore
 from krrst_dist.storage import StorageError

@@ -20,11 +20,12 @@ from PIL import Image
 from krrst_dist import parquet
 from krrst_dist.artifacts import ArtifactError, DistilledSet
 from krrst_dist.cli import main
-from krrst_dist.config import ConfigError, load_preset
+from krrst_dist.config import ConfigError
 from krrst_dist.data.errors import BadImage
 from krrst_dist.data.readers import FileImages
 from krrst_dist.grid_config import load_grid
 from krrst_dist.on_ray.checkpoint import MANIFEST, Checkpoints
+from krrst_dist.presets_and_grids import load_preset
 from krrst_dist.results import ResultStore
 from krrst_dist.results.schema import ResultsError
 

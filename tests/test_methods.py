@@ -22,7 +22,7 @@ from krrst_dist import cli, networks, plugins, seeds
 from krrst_dist.algorithm import DivergedError, total
 from krrst_dist.artifacts import DistilledSet
 from krrst_dist.augment.diff_augment import diff_augment
-from krrst_dist.config import Config, ConfigError, load_preset
+from krrst_dist.config import Config, ConfigError
 from krrst_dist.data.prepared import held_out_split
 from krrst_dist.methods.common import real_images as real
 from krrst_dist.methods.common.source import Source
@@ -33,6 +33,7 @@ from krrst_dist.methods.dsa import gradient_distance
 from krrst_dist.methods.kmeans import nearest_to_centres
 from krrst_dist.on_ray import cluster, preflight
 from krrst_dist.on_ray.progress import curve, read_history
+from krrst_dist.presets_and_grids import load_preset
 from krrst_dist.recipes import PRETRAIN
 
 CPU = torch.device("cpu")

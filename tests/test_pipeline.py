@@ -25,7 +25,7 @@ from PIL import Image
 import krrst_dist
 from krrst_dist import cli, provenance
 from krrst_dist.artifacts import ArtifactError, DistilledSet
-from krrst_dist.config import Config, ConfigError, load_preset, parse
+from krrst_dist.config import Config, ConfigError, parse
 from krrst_dist.data.errors import DataError
 from krrst_dist.data.prepared import Prepared, held_out_split
 from krrst_dist.data.reader import read_all
@@ -33,6 +33,7 @@ from krrst_dist.data.targets import TargetFile
 from krrst_dist.evaluation.table import KRRST, RANDOM, SCRATCH, Row, from_json
 from krrst_dist.evaluation.target_model import save_target, untrained
 from krrst_dist.on_ray import cluster, pipeline
+from krrst_dist.presets_and_grids import load_preset
 from krrst_dist.storage import StorageError
 
 ROOT = Path(__file__).resolve().parents[1]

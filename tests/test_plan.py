@@ -6,7 +6,8 @@ import pytest
 
 from krrst_dist.bench.cost import Cost
 from krrst_dist.bench.plan import bytes_a_second, main, measured, plan
-from krrst_dist.config import ConfigError, load_preset
+from krrst_dist.config import ConfigError
+from krrst_dist.presets_and_grids import load_preset
 
 RATE = measured()["gpus"]["h100"]["float32"]
 

@@ -20,7 +20,7 @@ from engine_parts import Parts, serial
 from ray.cluster_utils import Cluster
 
 from krrst_dist.artifacts import DistilledSet
-from krrst_dist.config import Config, load_preset
+from krrst_dist.config import Config
 from krrst_dist.data.cache import Cache
 from krrst_dist.data.prepare import prepare
 from krrst_dist.data.prepared import Prepared
@@ -28,6 +28,7 @@ from krrst_dist.on_ray import cluster, coordinator, targets
 from krrst_dist.on_ray.cluster import ClusterError, Rooms
 from krrst_dist.on_ray.coordinator import Coordinator
 from krrst_dist.on_ray.distillation import distil
+from krrst_dist.presets_and_grids import load_preset
 
 ray.cloudpickle.register_pickle_by_value(engine_parts)
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])

@@ -16,11 +16,12 @@ from krrst_dist.algorithm import DivergedError, mean
 from krrst_dist.algorithm.barlow_twins import barlow_twins, projector
 from krrst_dist.artifacts import DistilledSet
 from krrst_dist.augment import ssl_pair
-from krrst_dist.config import Config, ConfigError, load_preset, parse
+from krrst_dist.config import Config, ConfigError, parse
 from krrst_dist.methods.common.flat_network import FlatNetwork
 from krrst_dist.methods.common.source import Source
 from krrst_dist.methods.ssl_bilevel import outer_gradient
 from krrst_dist.on_ray import preflight
+from krrst_dist.presets_and_grids import load_preset
 from krrst_dist.recipes import PRETRAIN, pretrain_recipe
 
 SIDE = 8

@@ -23,10 +23,11 @@ import yaml
 from conftest import ROOT
 
 from krrst_dist import paths, provenance
-from krrst_dist.config import CARRIED, ConfigError, load_preset
+from krrst_dist.config import ConfigError
 from krrst_dist.on_ray import submit
 from krrst_dist.on_ray.cluster import ClusterError, job_cluster, token
 from krrst_dist.on_ray.submit import absolute_paths, check_address, own_files, runtime_env
+from krrst_dist.presets_and_grids import CARRIED, load_preset
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray sets for a job's entry point
 
@@ -236,7 +237,7 @@ REPORT = '''
 import json, os, sys
 from pathlib import Path
 from krrst_dist import paths, provenance
-from krrst_dist.config import load_preset
+from krrst_dist.presets_and_grids import load_preset
 from krrst_dist.grid_config import load_grid
 from krrst_dist.on_ray.cluster import connect, require
 

@@ -17,11 +17,11 @@ from krrst_dist.bench import measure
 from krrst_dist.bench.cost import Overhead
 from krrst_dist.bench.overhead import WAYS, Measured, measure_overhead, report
 from krrst_dist.bench.problem import Problem
-from krrst_dist.config import load_preset
 from krrst_dist.on_ray import cluster
 from krrst_dist.on_ray.aggregate import ObjectStoreAggregator
 from krrst_dist.on_ray.group import WorkerGroup
 from krrst_dist.on_ray.sliced import Layout
+from krrst_dist.presets_and_grids import load_preset
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from krrst_dist import plugins, seeds
 from krrst_dist.artifacts import Space
 from krrst_dist.bench import measure
 from krrst_dist.bench.problem import MEAN, STD, Problem
-from krrst_dist.config import DEFAULT_METHOD, Config, load_preset
+from krrst_dist.config import DEFAULT_METHOD, Config
 from krrst_dist.data.stream import centred
+from krrst_dist.presets_and_grids import load_preset
 
 
 class RandomSource:

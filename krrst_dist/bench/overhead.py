@@ -19,11 +19,11 @@ from krrst_dist.algorithm import Contribution, OuterOptimizer, mean
 from krrst_dist.bench import measure
 from krrst_dist.bench.cost import Overhead
 from krrst_dist.bench.problem import Problem
-from krrst_dist.config import load_preset
 from krrst_dist.methods.common.protocol import Stateless
 from krrst_dist.on_ray.aggregate import CollectiveAggregator, ObjectStoreAggregator
 from krrst_dist.on_ray.group import WorkerGroup
 from krrst_dist.on_ray.sliced import Layout
+from krrst_dist.presets_and_grids import load_preset
 
 WAYS = {"store": ObjectStoreAggregator, "collective": CollectiveAggregator}
 

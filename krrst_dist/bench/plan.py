@@ -15,7 +15,8 @@ from typing import Any, Literal
 import yaml
 
 from krrst_dist.bench.cost import FLOAT, Cost
-from krrst_dist.config import Config, ConfigError, load_preset, nearest
+from krrst_dist.config import Config, ConfigError, nearest
+from krrst_dist.presets_and_grids import load_preset
 
 OPTIMISER = 6
 """tensors like X_s and Y_s that a replica holds: themselves, gradient, two moments, what is sent and received"""

@@ -26,7 +26,7 @@ from krrst_dist.algorithm import ModelPool, OuterOptimizer, Shard, distill
 from krrst_dist.algorithm.barlow_twins import TwinsTrainer, train
 from krrst_dist.artifacts import DistilledSet, Space
 from krrst_dist.bench import measure
-from krrst_dist.config import Config, ConfigError, load_preset
+from krrst_dist.config import Config, ConfigError
 from krrst_dist.data.memory_reader import InMemory, MemoryReader, load_images
 from krrst_dist.data.normalise import normalise
 from krrst_dist.data.order import global_batch
@@ -43,6 +43,7 @@ from krrst_dist.evaluation.pretrain import fresh, pretrain
 from krrst_dist.evaluation.probe import extract, linear_probe, probes
 from krrst_dist.evaluation.target_model import save_target, untrained
 from krrst_dist.networks import Network
+from krrst_dist.presets_and_grids import load_preset
 from krrst_dist.recipes import FinetuneSettings
 
 Rows = dict[str, dict[str, float]]

@@ -10,7 +10,8 @@ import torch
 
 from krrst_dist.bench import measure
 from krrst_dist.bench.problem import Problem
-from krrst_dist.config import ConfigError, load_preset
+from krrst_dist.config import ConfigError
+from krrst_dist.presets_and_grids import load_preset
 
 
 @dataclass(frozen=True)

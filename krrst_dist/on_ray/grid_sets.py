@@ -14,7 +14,7 @@ from typing import Any
 
 from krrst_dist import paths, storage
 from krrst_dist.artifacts import DistilledSet
-from krrst_dist.config import Config, ConfigError, load_preset
+from krrst_dist.config import Config, ConfigError
 from krrst_dist.data.lock import alone
 from krrst_dist.data.prepare import prepared_fingerprint
 from krrst_dist.data.sources import open_images
@@ -25,6 +25,7 @@ from krrst_dist.methods.common.source import Source
 from krrst_dist.on_ray import pipeline, targets
 from krrst_dist.on_ray.places import Places, prepared_source
 from krrst_dist.on_ray.preflight import check_checkpoint, check_images, check_labels, check_names
+from krrst_dist.presets_and_grids import load_preset
 
 MADE: dict[str, Callable[[Config, Source], DistilledSet]] = {
     "random_targets": krr_st.METHOD.start, "random_labels": real_images.random_labels, "all_targets": real_images.all_targets}

@@ -23,12 +23,12 @@ from pathlib import Path
 import requests
 import yaml
 
-from krrst_dist.config import CARRIED, is_own_file, read_yaml
 from krrst_dist.grid_config import load_grid
 from krrst_dist.on_ray.cluster import ClusterError, job_cluster, ray_command, token
 from krrst_dist.on_ray.group import PINNED
 from krrst_dist.on_ray.stopping import handled
 from krrst_dist.paths import PROJECT, STORAGE, absolute, data_directory
+from krrst_dist.presets_and_grids import CARRIED, is_own_file, read_yaml
 from krrst_dist.provenance import Revision, revision
 
 JOB = "jobs/distill_imagenet.py"
