@@ -155,10 +155,11 @@ def no_cluster() -> Iterator[None]:
 
 def test_a_benchmark_of_the_engine_ends_with_a_table(no_cluster, capsys):
     times = bench_engine(preset="quickstart", rounds=2, threads=1, m=8, batch=16, actors=(1, 2), sizes=("quickstart", "cifar100-cpu"))
-    assert [len(values) for values in (times.serial, times.one_shard, times.one_actor, times.two_actors)] == [2, 2, 2, 2]
+    assert [len(values) for values in (times.serial, times.store, times.collective, times.one_actor, times.two_actors)] == [2] * 5
     assert min(times.overhead + times.speed_up) > 0
     shown = capsys.readouterr().out
-    assert "| engine / serial, by pair |" in shown and "| S = 2, two actors of one thread |" in shown
+    assert all(f"| {row}, by pair |" in shown for row in ("object store / serial", "all-reduce / serial"))
+    assert "| S = 2, two actors of one thread |" in shown
     assert {(one.way, one.preset, one.actors) for one in times.null} == {
         (way, preset, actors) for way in ("store", "collective") for preset in ("quickstart", "cifar100-cpu") for actors in (1, 2)}
     assert all(len(one.seconds) == 2 for one in times.null) and "fit      collective: " in shown and "| 64 | " in shown
@@ -224,6 +225,11 @@ def test_the_serial_run_ends_with_a_transfer_table_and_its_files(tmp_path, capsy
     assert "| KRR-ST |" in printed and "digits-5-9, fine-tuned" in printed and "20 updates" in printed
     assert len(krrst_dist.load(tmp_path / "distilled.safetensors")) == 20
     assert load_target(tmp_path / "target.safetensors", resolution=16).feature_dim == 256
+    again = bench_serial(out=tmp_path, preset="quickstart", target_steps=40, updates=20, pretrain_steps=20, finetune_steps=5)
+    assert (again.transfer, again.held_out) == (run.transfer, run.held_out)
+    assert "target: " not in (printed := capsys.readouterr().out) and "distillation: " not in printed
+    with pytest.raises(ConfigError, match="out = .*other settings.*name another folder"):
+        bench_serial(out=tmp_path, preset="quickstart", target_steps=41, updates=20, pretrain_steps=20, finetune_steps=5)
 
 
 def test_every_method_that_learns_is_timed_at_equal_m(capsys):

@@ -3,12 +3,14 @@
 What a stretch of time on one device buys at a preset's sizes: the target is trained, its representations are taken, X_s and
 Y_s are distilled by Algorithm 1, and networks pre-trained on them are probed and fine-tuned beside their controls. The
 numbers of steps are given, so that the result is a function of them and of the seed; the time that each stage took is printed.
+A run that was cut short goes on from the last stage that left a file.
 
 Letters: n images, k target dimensions, m synthetic images.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from krrst_dist import networks, seeds
+from krrst_dist import networks, seeds, storage
 from krrst_dist.algorithm import ModelPool, OuterOptimizer, Shard, distill
 from krrst_dist.algorithm.barlow_twins import TwinsTrainer, train
 from krrst_dist.artifacts import DistilledSet, Space
@@ -41,7 +43,7 @@ from krrst_dist.evaluation.knn import knn_accuracy
 from krrst_dist.evaluation.labelled import LabelledImages
 from krrst_dist.evaluation.pretrain import fresh, pretrain
 from krrst_dist.evaluation.probe import extract, linear_probe, probes
-from krrst_dist.evaluation.target_model import save_target, untrained
+from krrst_dist.evaluation.target_model import load_target, save_target, untrained
 from krrst_dist.networks import Network
 from krrst_dist.presets_and_grids import load_preset
 from krrst_dist.recipes import FinetuneSettings
@@ -68,7 +70,7 @@ def bench_serial(*, out: Path, preset: str = "cifar100", data: Path = Path("data
     """Train a target, distil and transfer on one device, everything in memory, and print what came of it and how long it took.
 
     Args:
-        out: folder for the target model and the distilled set.
+        out: folder for the target model and the distilled set; those that a run with the same settings left there are taken.
         preset: whose sizes and networks.
         data: folder of the data sets.
         device: cpu, cuda, cuda:1, ...
@@ -85,12 +87,12 @@ def bench_serial(*, out: Path, preset: str = "cifar100", data: Path = Path("data
     torch.backends.cudnn.allow_tf32 = False
     config = _settings(preset, seed, {"engine.precision": precision, "target.steps": target_steps, "target.batch": target_batch,
                                       "distill.updates": updates, "evaluate.pretrain.steps": pretrain_steps})
+    _claim(out, config)
     run = _Run(config, torch.device(device), data)
-    target = run.target()
+    target = run.target(out / "target.safetensors")
     quality = run.quality(target)
     start = run.start(target)
-    learnt = run.distil(start)
-    run.save(out, target, learnt)
+    learnt = run.learnt(out / "distilled.safetensors", start)
     rows = {"from scratch": None, "Random + targets": start, "KRR-ST": learnt}
     held_out, transfer = run.transfer(rows, finetune_steps)
     result = SerialRun(quality, held_out, transfer, run.seconds)
@@ -105,6 +107,14 @@ def _settings(preset: str, seed: int, given: dict[str, str | int | None]) -> Con
     return load_preset(preset, **changes)
 
 
+def _claim(out: Path, config: Config) -> None:
+    """Raises ConfigError where a run with other settings has been; how networks are evaluated does not count."""
+    path, settings = out / "settings.json", json.dumps(config.model_dump(mode="json", exclude={"evaluate"}), indent=1)
+    if path.exists() and path.read_text() != settings:
+        raise ConfigError(f"out = {str(out)!r}: holds files of a run with other settings (settings.json there); name another folder")
+    storage.write_whole(path, settings.encode())
+
+
 class _Run:
     """The stages, each told its predecessors' results."""
 
@@ -117,12 +127,19 @@ class _Run:
             self.tests = {name: self._labelled(name) for name in dict.fromkeys((config.source.dataset, *config.evaluate.datasets))}
         self.training, self.held_out = held_out_split(len(self.source.images), config.source.held_out, config.source.split_seed)
 
-    def target(self) -> Network:
-        """g_phi, trained by Barlow Twins on the training part (METHOD 5), in eval mode."""
+    def target(self, path: Path) -> Network:
+        """g_phi, trained by Barlow Twins on the training part (METHOD 5), in eval mode; the one in the file, if it is there."""
+        settings, resolution = self.config.target, self.config.source.resolution
+        if not path.exists():
+            about = {"target": settings.model_dump(mode="json"), "source": self.config.source.model_dump(mode="json")}
+            save_target(path, self._trained_target(), settings.network, resolution=resolution, about=about)
+        return load_target(path, resolution=resolution).to(self.device, memory_format=torch.channels_last)
+
+    def _trained_target(self) -> Network:
         settings, source = self.config.target, self.source
         network = untrained(settings, resolution=self.config.source.resolution)
         if settings.steps == 0:
-            return network.to(self.device, memory_format=torch.channels_last).eval()
+            return network
         trainer = TwinsTrainer(network, projector_widths=settings.projector, batch=settings.batch, steps=settings.steps, lr=settings.lr,
                                warmup_steps=settings.warmup_steps, weight_decay=settings.weight_decay, off_diagonal=settings.off_diagonal,
                                mean=source.mean, std=source.std, seed=settings.seed, device=self.device)
@@ -134,7 +151,7 @@ class _Run:
 
         with self._stage("target"):
             train(trainer, batch, after_step=self._progress("target", settings.steps))
-        return trainer.network.eval()
+        return trainer.network
 
     @torch.no_grad()
     def represent(self, target: Network) -> Tensor:
@@ -164,7 +181,19 @@ class _Run:
         chosen = seeds.numpy_rng(self.config.seed, "start").permutation(self.training)[: self.config.distill.m]
         return self._normalised(chosen), self._targets[torch.from_numpy(chosen)]
 
-    def distil(self, start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def learnt(self, path: Path, start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """X_s and Y_s after the last update; those in the file, if it is there."""
+        if path.exists():
+            found = DistilledSet.load(path)
+            return torch.from_numpy(found.x_syn), torch.from_numpy(found.y_syn)
+        x_syn, y_syn = self._distil(start)
+        config, source = self.config, self.source
+        origin = {"method": "krr_st", "seed": config.seed, "source": config.source.dataset, "config": config.model_dump(mode="json")}
+        DistilledSet(x_syn.contiguous().numpy(), y_syn.contiguous().numpy(), "features", config.evaluate.pretrain.recipe(),
+                     Space("normalised", source.mean, source.std), source.class_names or None, origin).save(path)
+        return x_syn, y_syn
+
+    def _distil(self, start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Algorithm 1, in one process."""
         config, settings, source = self.config, self.config.distill, self.source
         side = TargetFile(Path("in memory"), "in memory", self._targets.numpy()[:, None], 0, config.source.split_seed, None, None)
@@ -202,16 +231,6 @@ class _Run:
                     rows[name][f"{dataset}, fine-tuned"] = score(model, self.tests[dataset]).accuracy
                 print(name, rows[name], flush=True)
         return held_out, rows
-
-    def save(self, out: Path, target: Network, learnt: tuple[Tensor, Tensor]) -> None:
-        """The target model and the distilled set, as the pipeline keeps them."""
-        config, source = self.config, self.source
-        about = {"target": config.target.model_dump(mode="json"), "source": config.source.model_dump(mode="json")}
-        save_target(out / "target.safetensors", target, config.target.network, resolution=config.source.resolution, about=about)
-        origin = {"method": "krr_st", "seed": config.seed, "source": config.source.dataset, "config": config.model_dump(mode="json")}
-        x_syn, y_syn = (value.contiguous().numpy() for value in learnt)
-        DistilledSet(x_syn, y_syn, "features", config.evaluate.pretrain.recipe(), Space("normalised", source.mean, source.std),
-                     source.class_names or None, origin).save(out / "distilled.safetensors")
 
     def _pretrained(self, pairs: tuple[Tensor, Tensor] | None) -> Network:
         network, recipe = self.config.distill.pool.network, self.config.evaluate.pretrain
