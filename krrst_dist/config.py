@@ -195,8 +195,8 @@ class EngineSettings(Settings):
     """GPUs of one actor (fractions share one)"""
     aggregate: Literal["store", "collective"] | None = None
     """how the actors' gradients are summed. store: by the driver, in an order that does not depend on the actors. collective: by
-    all-reduce among them, rounding as it comes. Default: collective for several actors with a GPU each that have shards of their own,
-    else store"""
+    all-reduce among them, rounding as it comes; X_s and Y_s then stay on the GPU. Default: collective for one actor on a GPU, and for
+    several with a GPU each that have shards of their own; else store"""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """arithmetic of the feature extractor; ridge regression is float32 always"""
     checkpoint_every: Positive = 1000
@@ -207,7 +207,8 @@ class EngineSettings(Settings):
     @property
     def collective(self) -> bool:
         """Are gradients summed by all-reduce?"""
-        return self.aggregate == "collective" or (self.aggregate is None and self.actors > 1 and self.gpus >= 1)
+        alone_on_its_gpu = self.gpus >= 1 or (self.gpus > 0 and self.actors == 1)  # NCCL wants a GPU for each process
+        return self.aggregate == "collective" or (self.aggregate is None and alone_on_its_gpu)
 
 
 class Config(Settings):

@@ -114,6 +114,14 @@ def test_a_setting_that_cannot_be_used_is_refused_with_field_value_and_rule(over
     assert str(refused.value) == complaint
 
 
+@pytest.mark.parametrize(("gpus", "actors", "asked", "collective"), [
+    (0, 1, None, False), (0, 4, None, False), (1, 1, None, True), (1, 4, None, True), (0.5, 1, None, True), (0.5, 4, None, False),
+    (1, 4, "store", False), (0, 4, "collective", True)])
+def test_gradients_are_summed_on_the_gpu_where_each_actor_has_one(gpus, actors, asked, collective):
+    given = {"distill.shards": 4, "engine.gpus": gpus, "engine.actors": actors, "engine.aggregate": asked}
+    assert load_preset("cifar100", **given).engine.collective is collective
+
+
 def test_everything_that_is_wrong_is_told_at_once():
     with pytest.raises(ConfigError) as refused:
         parse({"preset": "x", "seed": -1, "distill": {"m": 0, "lr": 1.0, "pool": {"size": 0}}})

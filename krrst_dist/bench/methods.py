@@ -115,6 +115,12 @@ def outer_step(config: Config, classes: int, of_class: int, device: str) -> Call
     return step
 
 
+def _settings(preset: str, method: str, m: int | None) -> Config:
+    """A method's own, with two experts where it has any: a step reads one of them, however many there are."""
+    experts = hasattr(plugins.load(method).settings(), "experts")
+    return load_preset(preset, method=method, **({"distill.m": m} if m else {}), **({"distill.experts": 2} if experts else {}))
+
+
 METHODS = ("krr_st", "dsa", "dm", "mtt", "kip", "frepo", "mkdt", "ssl_bilevel")
 
 
@@ -132,8 +138,7 @@ def bench_methods(*, preset: str = "cifar100-cpu", methods: tuple[str, ...] = ME
         threads: CPU threads.
         device: cpu, cuda, cuda:1, ...
     """
-    changes = {"distill.m": m} if m else {}
-    builds = {name: partial(outer_step, load_preset(preset, method=name, **changes), classes, of_class, device) for name in methods}
+    builds = {name: partial(outer_step, _settings(preset, name, m), classes, of_class, device) for name in methods}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
