@@ -9,13 +9,14 @@ from krrst_dist.bench.plan import bytes_a_second, main, measured, plan
 from krrst_dist.config import ConfigError
 from krrst_dist.presets_and_grids import load_preset
 
-RATE = measured()["gpus"]["h100"]["float32"]
+ENGINE, RATE = measured()["engine"], measured()["gpus"]["h100"]["float32"]
 
 
 def test_one_gpu_takes_what_was_measured_on_one(capsys):
     (one,) = plan(preset="cifar100", gpus=1, precision="float32")
-    assert one.seconds == pytest.approx(Cost.of(load_preset("cifar100"), shards=1).operations / RATE)
-    assert one.seconds == pytest.approx(0.0747, rel=0.02) and one.efficiency == 1 and one.limit == "computing"
+    assert one.parts["computing"] == pytest.approx(Cost.of(load_preset("cifar100"), shards=1).operations / RATE)
+    assert one.parts["computing"] == pytest.approx(0.0747, rel=0.02) and one.efficiency == 1 and one.limit == "computing"
+    assert one.seconds - one.parts["computing"] == pytest.approx(ENGINE["collective"])
     assert 3.52 <= one.memory / 2**30 <= 2 * 3.52  # GiB, the peak of the same step with a pool of one model
     assert "a prediction" in capsys.readouterr().out
 
@@ -24,6 +25,7 @@ def test_slices_leave_the_pool_model_s_training_on_one_gpu():
     one, slices, _ = plan(preset="imagenet64", gpus=64, bandwidth="400Gb")
     cost = Cost.of(load_preset("imagenet64"), shards=1)
     assert slices.seconds > (cost.train + cost.ridge) / measured()["gpus"]["h100"]["bfloat16"]
+    assert slices.parts["the engine"] == ENGINE["store"] * cost.learned
     assert one.seconds / slices.seconds < cost.operations / (cost.train + cost.ridge)
 
 
@@ -51,6 +53,7 @@ def test_a_bandwidth_is_in_bits(given, value):
 @pytest.mark.parametrize(("given", "complaint"), [
     ({"bandwidth": "25GB"}, "bandwidth = '25GB': must be bits a second, such as 25Gb"), ({"bandwidth": "0Gb"}, "bandwidth = '0Gb'"),
     ({"bandwidth": "1.2.3Gb"}, "bandwidth = '1.2.3Gb'"), ({"gpus": 0}, "gpus = 0: at least 1"),
+    ({"gpu": "h200", "precision": "tf32"}, "precision = 'tf32': has not been measured on h200; take float32 or bfloat16"),
     ({"gpu": "h10"}, "gpu = 'h10': has not been measured; .*h100"), ({"price": -1.0}, "price = -1"), ({"updates": 0}, "updates = 0"),
     ({"preset": "nope"}, "preset = 'nope'")])
 def test_what_cannot_be_planned_is_refused(given, complaint):

@@ -1,8 +1,7 @@
 """`krrst plan`: what a run would take on so many GPUs, before one is rented. Counted (`cost.py`) and measured (`measured.yaml`), not run.
 
 Layouts of one preset are compared: one GPU; P slices of one shard's update (the same algorithm, S = 1); S shards (an update then averages S
-models). Every GPU is taken to be a host of its own behind a link of the given bandwidth. What the engine adds (`krrst bench engine`) is not
-in it yet.
+models). Every GPU is taken to be a host of its own behind a link of the given bandwidth. What the engine adds was measured with one actor.
 """
 
 from __future__ import annotations
@@ -73,6 +72,8 @@ def plan(*, preset: str = "imagenet64", gpus: int = 8, bandwidth: str = "25Gb", 
             raise ConfigError(f"{name} = {value}: at least {least}")
     if gpu not in constants["gpus"]:
         raise ConfigError(f"gpu = {gpu!r}: has not been measured; {nearest(gpu, list(constants['gpus']))}")
+    if precision not in constants["gpus"][gpu]:
+        raise ConfigError(f"precision = {precision!r}: has not been measured on {gpu}; take float32 or bfloat16")
     reckon = _Reckoning(config, constants, rate=constants["gpus"][gpu][precision], link=bytes_a_second(bandwidth))
     layouts = [reckon.shards(1, "S = 1 on one GPU")]
     if gpus > 1:
@@ -112,8 +113,9 @@ class _Reckoning:
         cost = Cost.of(self.config, shards=shards)
         work = self._seconds(cost.train, cost.real, cost.synthetic, cost.ridge)
         travel = 2 * (shards - 1) / shards * cost.learned / self.link
-        parts = {"computing": work, "summing gradients over the network": travel}
-        return Layout(name, shards, parts, alone=shards * work, memory=self._memory(cost))
+        engine = self.constants["engine"]["collective"]
+        parts = {"computing": work, "summing gradients over the network": travel, "the engine": engine}
+        return Layout(name, shards, parts, alone=shards * work + engine, memory=self._memory(cost))
 
     def slices(self, slices: int) -> Layout:
         """One shard, whose rows are shared by P GPUs; the pool model's training and the ridge head stay on one. By the object store, that
@@ -125,7 +127,9 @@ class _Reckoning:
         travel = (slices - 1) * (cost.weights + cost.learned) + others * (cost.features + syn + cost.learned)
         parts = {"training the pool model, on one GPU": self._seconds(cost.train), "the ridge head, on one GPU": self._seconds(cost.ridge),
                  "features and their gradients": self._seconds(cost.real, cost.synthetic) / slices,
-                 "moving weights and features through one link": travel / self.link}
+                 "moving weights and features through one link": travel / self.link,
+                 "the engine": self.constants["engine"]["store"] * cost.learned}
+        alone += self.constants["engine"]["collective"]
         return Layout(f"S = 1, P = {slices} slices", slices, parts, alone=alone, memory=self._memory(cost))
 
     def _seconds(self, *operations: float) -> float:
@@ -140,7 +144,7 @@ def _report(config: Config, layouts: list[Layout], updates: int, price: float | 
     first, settings = layouts[0], config.distill
     lines = [f"{config.preset}: m = {settings.m}, b = {settings.batch}, {config.source.resolution} px, {updates:,} updates; "
              f"{circumstances}",
-             f"a prediction without the engine's own time; compute measured by: {origin}", "",
+             f"a prediction; compute measured by: {origin}; the engine's own time with one actor on an H200", "",
              "| layout | GPUs | seconds an update | updates a second, of one GPU's | efficiency | memory a GPU | hours |"
              + (" price |" if price is not None else "") + " most time goes to |",
              "| --- | ---: | ---: | ---: | ---: | ---: | ---: |" + (" ---: |" if price is not None else "") + " --- |"]
