@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import engine_parts
@@ -31,6 +34,7 @@ from krrst_dist.on_ray.coordinator import Coordinator
 from krrst_dist.on_ray.errors import EngineError, LostActor
 from krrst_dist.on_ray.group import WorkerGroup
 from krrst_dist.on_ray.heartbeat import Beat
+from krrst_dist.on_ray.shard_log import ShardLogs, ray_log_folder
 from krrst_dist.on_ray.sliced import Layout
 from krrst_dist.on_ray.stopping import Stop, Stopped
 
@@ -212,6 +216,33 @@ def test_all_reduce_gives_the_serial_loops_result_but_for_rounding(cluster, tmp_
     assert (outcome.values[0] - x_syn).abs().max() < 1e-3 * moved and (outcome.values[1] - y_syn).abs().max() < 1e-4
     assert [step for step, _ in outcome.outer] == list(range(1, 13)) and [step for step, _ in outcome.held_out] == [0, 12]
     assert outcome.held_out[-1][1] == sum(measure(i, outcome.values) for i in range(3)) / 3
+
+
+@pytest.mark.parametrize("layout", [{"actors": 2}, {"actors": 2, "aggregate": "collective"}, {"actors": 3, "shards": 2, "slices": 2}])
+def test_each_shard_leaves_a_log_for_machines_beside_rays_own(cluster, tmp_path, layout):
+    settings = config(updates=3, checkpoint_every=2, **layout)
+    directory = tmp_path / "<b>a run"
+    run(settings, directory)
+    for shard in range(settings.distill.shards):
+        file, = ray_log_folder().glob(f"krrst-{tmp_path.name}-b-a-run-shard-{shard}.jsonl")
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        assert [line["event"] for line in lines] == ["built", "saved", "update", "saved", "saved"]
+        assert all((line["run"], line["shard"], line["host"]) == (str(directory), shard, socket.gethostname()) for line in lines)
+        update = lines[2]
+        assert update["step"] == 0 and update["loss"] > 0 and update["images"] > 0 and update["seconds"] > 0
+        assert datetime.fromisoformat(update["time"]).tzinfo is not None
+
+
+def test_a_shards_log_has_a_line_a_minute_and_a_full_disk_ends_no_run(tmp_path):
+    now = [0.0]
+    logs = ShardLogs("s3://bucket/runs/seed-0/", [4], tmp_path, clock=lambda: now[0])
+    for step in range(0, 200):
+        now[0] = step * 1.0
+        logs.update(4, step, loss=0.5, images=8, retries=0, seconds=0.1)
+    (file,) = tmp_path.iterdir()
+    assert file.name == "krrst-runs-seed-0-shard-4.jsonl"
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [0, 60, 120, 180]
+    ShardLogs("run", [0], tmp_path / "gone").say("built")
 
 
 def test_a_run_by_all_reduce_goes_on_after_an_actors_death_where_it_was(cluster, tmp_path, capsys):

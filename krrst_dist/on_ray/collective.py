@@ -42,10 +42,11 @@ class Replica:
     def __init__(self, outer: Outer, combine: Combine, device: torch.device) -> None:
         self.outer, self._combine, self._device = outer.to(device), combine, device
 
-    def update(self, step: int, parts: Sequence[Part], *, last: bool) -> Told:
+    def update(self, step: int, parts: Sequence[Part], contribute: Callable[[int, Part, tuple[Tensor, ...]], Contribution], *,
+               last: bool) -> Told:
         """Do meta-update `step` with the shards that live here: contribute, sum over all actors, step, follow up."""
         started, values = time.perf_counter(), self.outer.values
-        mine = self._combine([part.contribute(step, *values) for part in parts])
+        mine = self._combine([contribute(step, part, values) for part in parts])
         contributed = time.perf_counter()
         counts = torch.tensor([mine.images, mine.retries], device=self._device)
         dist.all_reduce(counts)

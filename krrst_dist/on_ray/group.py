@@ -101,9 +101,9 @@ class WorkerGroup:
         self.everywhere("prepare", self._threads, silence=START)
         return self._hosts
 
-    def build(self, build: Build, measure: Measure | None = None, build_slice: BuildSlice | None = None) -> None:
-        """Let the actors build their shards and slices."""
-        calls = [(g, worker.build.remote(build, self.layout.shards_of(g), measure, build_slice, self.layout.slices_of(g)))
+    def build(self, build: Build, measure: Measure | None = None, build_slice: BuildSlice | None = None, run: str | None = None) -> None:
+        """Let the actors build their shards and slices. run: whose logs the shards write to (`shard_log.py`); None: none."""
+        calls = [(g, worker.build.remote(build, self.layout.shards_of(g), measure, build_slice, self.layout.slices_of(g), run))
                  for g, worker in enumerate(self._workers)]
         self.gather(calls, silence=START, starting="to open its data and make its models")
 

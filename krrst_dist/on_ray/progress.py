@@ -45,10 +45,10 @@ def curve(history: pa.Table, column: str) -> list[tuple[int, float]]:
 
 
 class ProgressLine:
-    """A bar on a terminal; elsewhere (a job's log) a line every 10 s."""
+    """A bar on a terminal; elsewhere (a job's log) a line every 10 s at first, one a minute after two."""
 
-    def __init__(self, what: str, total: int, *, start: int = 0, every: float = 10.0) -> None:
-        self._what, self._total, self._start, self._every = what, total, start, every
+    def __init__(self, what: str, total: int, *, start: int = 0) -> None:
+        self._what, self._total, self._start = what, total, start
         self._began = self._said = time.monotonic()
         self._bar = tqdm(total=total, initial=start, desc=what, leave=False) if sys.stderr.isatty() else None
 
@@ -58,7 +58,7 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(done - self._bar.n)
-        elif now - self._said >= self._every:
+        elif now - self._said >= (10.0 if now - self._began < 120 else 60.0):
             self._said = now
             rate = (done - self._start) / (now - self._began)
             left = timedelta(seconds=round(max(0, self._total - done) / rate)) if rate else "unknown"

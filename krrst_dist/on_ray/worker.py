@@ -29,6 +29,7 @@ from krrst_dist.artifacts import ArtifactError
 from krrst_dist.methods.common.protocol import Part
 from krrst_dist.on_ray import collective, network
 from krrst_dist.on_ray.collective import Combine, Told
+from krrst_dist.on_ray.shard_log import ShardLogs, ray_log_folder
 from krrst_dist.on_ray.sliced import Arrays, BuildSlice, Head, SlicedParts
 from krrst_dist.provenance import code_fingerprint, versions
 
@@ -123,9 +124,11 @@ class Worker:
         do(chore, self._alive)
 
     def build(self, build: Build, shards: Iterable[int], measure: Measure | None, build_slice: BuildSlice | None = None,
-              slices: Iterable[tuple[int, int]] = ()) -> None:
-        """Make the shards, and slices (shard, p) of shards."""
+              slices: Iterable[tuple[int, int]] = (), run: str | None = None) -> None:
+        """Make the shards, and slices (shard, p) of shards. run: whose logs the shards write to."""
         self._shards = [build(shard) for shard in shards]
+        self._log = ShardLogs(run, [shard.index for shard in self._shards], ray_log_folder()) if run else None
+        self._tell("built")
         self._slices = SlicedParts(self._shards, {(shard, p): build_slice(shard, p) for shard, p in slices})
         self._measure = measure
         self._at: int | None = None  # the last update that the shards took part in
@@ -142,7 +145,7 @@ class Worker:
         started = time.perf_counter()
         self._follow_up(tensors)
         trained = time.perf_counter()
-        parts = tuple(Packed.pack(shard.index, shard.contribute(step, *tensors)) for shard in self._shards)
+        parts = tuple(Packed.pack(shard.index, self._contribute(step, shard, tensors)) for shard in self._shards)
         self._at, self._behind = step, True
         return Answer(parts, trained - started, time.perf_counter() - trained)
 
@@ -166,7 +169,11 @@ class Worker:
         """A shard's ridge head, given the features of its slices 1..P-1."""
         self._at, self._behind = step, True
         train, self._train_seconds = self._train_seconds, 0.0
-        return self._slices.solve(step, shard, *_tensors([y_syn]), features, train)
+        started = time.perf_counter()
+        head, *rest = self._slices.solve(step, shard, *_tensors([y_syn]), features, train)
+        if self._log:
+            self._log.update(shard, step, head.loss, head.images, head.retries, time.perf_counter() - started)
+        return head, *rest
 
     def pull_back(self, step: int, shard: int, p: int, solved: Head | np.ndarray) -> np.ndarray:
         """dL/dX_s in slice p's rows. solved: p of what `solve` gave."""
@@ -187,7 +194,7 @@ class Worker:
     def together(self, step: int, last: bool) -> Told:
         """Do meta-update `step`, as all actors do at the same time."""
         self._at = step
-        return self._replica.update(step, self._shards, last=last)
+        return self._replica.update(step, self._shards, self._contribute, last=last)
 
     def values(self) -> tuple[np.ndarray, ...] | np.ndarray:
         """What is learned as it is now; a single array where there is but one."""
@@ -206,7 +213,9 @@ class Worker:
         self._follow_up(_tensors(values))
         for shard in self._shards:
             shard.check(self._at)
-        return [_save(shard, directory) for shard in self._shards]
+        saved = [_save(shard, directory) for shard in self._shards]
+        self._tell("saved", self._at)
+        return saved
 
     def restore(self, directory: str, saved: Mapping[int, SavedShard]) -> None:
         """Put every shard where it was when saved. Raises ArtifactError for a file that is not what was written."""
@@ -216,6 +225,7 @@ class Worker:
             shard.load_state_dict(safetensors.torch.load(payload), dict(entry.position))
         self._slices.restore({shard: entry.position for shard, entry in saved.items()})
         self._at, self._behind = None, False
+        self._tell("restored")
 
     def measure(self, network: int, *values: np.ndarray) -> float:
         """The held-out ridge loss of one network. Touches no shard. Raises DivergedError when there is none."""
@@ -234,6 +244,17 @@ class Worker:
 
     def _alive(self) -> None:
         self._signs += 1
+
+    def _contribute(self, step: int, shard: Part, values: tuple[Tensor, ...]) -> Contribution:
+        started = time.perf_counter()
+        made = shard.contribute(step, *values)
+        if self._log:
+            self._log.update(shard.index, step, made.loss, made.images, made.retries, time.perf_counter() - started)
+        return made
+
+    def _tell(self, event: str, step: int | None = None) -> None:
+        if self._log:
+            self._log.say(event, step)
 
     def _follow_up(self, values: tuple[Tensor, ...]) -> None:
         if self._behind:
