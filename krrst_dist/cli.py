@@ -29,6 +29,8 @@ USAGE = """krrst: self-supervised dataset distillation (KRR-ST)
   krrst status      is a distillation alive, how far is it, when will it end? From its folder or URI alone
   krrst report      the paper's tables of a grid's results
   krrst results     a results store: show, merge, export
+  krrst explore     the same in a browser, with trials, charts and the distilled images; also while a grid runs
+  krrst show        a distilled set's images and losses as PNG
   krrst theorem1    the paper's Theorem 1 as an experiment
   krrst export      write a distilled set as PNG folder, Parquet or .pt
   krrst import      make a distilled set of the authors' x_syn.pt and y_syn.pt
@@ -192,6 +194,10 @@ def _status(arguments: list[str]) -> int | None:
 
 
 def _report(arguments: list[str]) -> int | None:
+    if any(argument.partition("=")[0] == "--html" for argument in arguments):
+        from krrst_dist.explorer import commands
+
+        return commands.report_main(arguments)
     from krrst_dist import results
 
     return results.report_main(arguments)
@@ -201,6 +207,18 @@ def _results(arguments: list[str]) -> int | None:
     from krrst_dist import results
 
     return results.results_main(arguments)
+
+
+def _explore(arguments: list[str]) -> int | None:
+    from krrst_dist.explorer import commands
+
+    return commands.explore_main(arguments)
+
+
+def _show(arguments: list[str]) -> int | None:
+    from krrst_dist.explorer import commands
+
+    return commands.show_main(arguments)
 
 
 def _theorem1(arguments: list[str]) -> int | None:
@@ -250,6 +268,7 @@ def _flagged(arguments: list[str], *flags: str) -> list[str]:
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     **{name: _stage(name) for name in ("prepare", "target", "distill", "evaluate")},
     "grid": _grid, "submit": _submit, "status": _status, "report": _report, "results": _results, "theorem1": _theorem1,
+    "explore": _explore, "show": _show,
     "export": _export, "import": _import, "bench": _bench, "plan": _plan, "doctor": _doctor,
 }
 

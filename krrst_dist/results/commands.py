@@ -63,6 +63,8 @@ def report(uri: Uri, where: Where = (), over: Over | None = None, significance: 
            out: str | None = None) -> None:
     """Print the paper's tables of what is in a store: mean and population std, best marked, missing cells as such.
 
+    `krrst report URI --html FILE` writes them with charts and images as one page instead.
+
     Args:
         over: what the spread is over: all runs of a method (the default), or its distillation seeds, each the mean of its evaluation
             seeds (the default where methods are compared: runs of one set are not independent).

@@ -136,6 +136,17 @@ def _gain(table: PaperTable, gain: Difference | None, digits: int) -> str:
     return f"{scale * gain.mean:+.{digits}f} ({low} to {high}{pairs})"
 
 
+def place(table: PaperTable, method: str, column: str) -> str:
+    """What stands in one place of a table, as text."""
+    return _place(table, table.entry(method, column), _digits(table), _usual_runs(table))
+
+
+def advantage(table: PaperTable, method: str, column: str) -> str:
+    """A method less the one that the table is against, as text; '' where there is nothing to pair."""
+    found = table.difference(method, column) if table.against else None
+    return _gain(table, found, _digits(table)) if found else ""
+
+
 def _place(table: PaperTable, entry: Entry, digits: int, runs: int) -> str:
     """'54.40 ± 1.20'; how many runs there are where it is not as many as usual; a word or a dash where there is no number."""
     others = [f"{count} {what}" for what, count in (("diverged", entry.diverged), ("failed", entry.failed)) if count]

@@ -9,6 +9,7 @@ alone. Knows nothing of tables for people.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cached_property
@@ -45,6 +46,10 @@ class ResultStore:
         table = _union(list(self._files().values()))
         return table if all_attempts else _best(table)
 
+    def follow(self) -> Follower:
+        """For reading it again and again while it grows."""
+        return Follower(self)
+
     def finished(self) -> dict[str, str]:
         """Keys of the cells that need not be computed again, with the methods that they are stored under: those that are ok, and
         those that diverged and would again."""
@@ -74,14 +79,18 @@ class ResultStore:
         storage.write_whole(uri, parquet.encode(table))
         return uri
 
-    def _files(self) -> dict[str, pa.Table]:
-        """Every file's rows. A file that a merge takes away meanwhile is in a new one, so look again until nothing changes.
+    def _files(self, known: Mapping[str, pa.Table] | None = None) -> dict[str, pa.Table]:
+        """Every file's rows; of those in `known` as they are there. A file that a merge takes away meanwhile is in a new one, so look
+        again until nothing changes.
 
         A listing is not of one moment: it can miss both a file that goes and the one that takes its place. So two
         listings that follow each other have to agree, and all that they name has to have been read.
         """
-        found: dict[str, pa.Table | None] = {}
-        before: list[str] | None = None
+        before = self._names() if known else None
+        found: dict[str, pa.Table | None] = {name: known[name] for name in before or () if name in known}
+        if before is not None and len(found) == len(before):
+            return found
+        before = None
         with ThreadPoolExecutor(THREADS) as pool:
             while (names := self._names()) != before:
                 new = [name for name in names if name not in found]
@@ -113,6 +122,26 @@ class ResultStore:
             pass  # another merge was faster
         except (OSError, pa.ArrowException) as error:
             raise storage.StorageError(f"cannot delete {uri}: {error}; check the permissions; nothing is lost, merge again") from error
+
+
+class Follower:
+    """A store that is read again and again: files that were read before are not read again, as no name is used twice.
+
+    table: the rows of every cell's best attempt, as of the last `refresh`; everything: those of all attempts.
+    """
+
+    def __init__(self, store: ResultStore) -> None:
+        self._store, self._files = store, {}
+        self.table = self.everything = SCHEMA.empty_table()
+
+    def refresh(self) -> bool:
+        """Read what is new; was there anything? Raises ResultsError naming a bad file, StorageError; the tables then stay."""
+        files = self._store._files(self._files)
+        if files.keys() == self._files.keys():
+            return False
+        everything = _union(list(files.values()))
+        self._files, self.everything, self.table = files, everything, _best(everything)
+        return True
 
 
 def _parse(payload: bytes, uri: str) -> pa.Table:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, pstdev, stdev
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from krrst_dist.config import flatten, nearest
 from krrst_dist.results import layout
@@ -139,15 +138,16 @@ class PaperTable:
 
 
 @dataclass
-class _Run:
+class Run:
     """One cell: the columns that all its rows share, and its numbers by metric."""
 
     about: dict[str, Any]
     values: dict[str, float | None]
 
 
-def paper_tables(results: pa.Table, *, over: Over = "evaluation", significance: bool = False, against: str = "") -> list[PaperTable]:
-    """All tables that a store's best attempts (`ResultStore.read()`) fill, in the paper's order.
+def paper_tables(results: pa.Table | Sequence[Run], *, over: Over = "evaluation", significance: bool = False,
+                 against: str = "") -> list[PaperTable]:
+    """All tables that a store's best attempts (`ResultStore.read()`), or some `runs` of them, fill, in the paper's order.
 
     over: what the spread is over. evaluation: every run counts, as in the paper. distillation: one number for each
     distillation seed, the mean of its evaluation seeds; a method without distillation has one for each evaluation seed.
@@ -155,15 +155,16 @@ def paper_tables(results: pa.Table, *, over: Over = "evaluation", significance: 
     """
     if over not in ("evaluation", "distillation"):
         raise ResultsError(f"over = {over!r}: must be 'evaluation' or 'distillation'")
-    known = pc.unique(results["method"]).to_pylist()
+    chosen = runs(results) if isinstance(results, pa.Table) else results
+    known = sorted({run.about["method"] for run in chosen})
     if against and against not in known:
         raise ResultsError(f"against = {against!r}: no result is of this method; {nearest(against, known)}")
     tables = []
-    for subject, runs in _by_subject(_runs(results)).items():
-        metrics = {metric for run in runs if run.about["status"] == "ok" for metric in run.values} or {NO_METRIC}
+    for subject, there in _by_subject(chosen).items():
+        metrics = {metric for run in there if run.about["status"] == "ok" for metric in run.values} or {NO_METRIC}
         for metric in sorted(metrics):
-            places: dict[tuple[str, str], list[_Run]] = defaultdict(list)
-            for run in runs:
+            places: dict[tuple[str, str], list[Run]] = defaultdict(list)
+            for run in there:
                 if metric in run.values or run.about["status"] != "ok":
                     places[run.about["method"], run.about[layout.across(subject.task)]].append(run)
             used = [run.about for runs_there in places.values() for run in runs_there]
@@ -171,20 +172,21 @@ def paper_tables(results: pa.Table, *, over: Over = "evaluation", significance: 
             tables.append(PaperTable(
                 subject, metric, over, significance, layout.methods(method for method, _ in places),
                 layout.columns(subject, (column for _, column in places)),
-                {place: _entry(there, metric, over) for place, there in places.items()}, tuple(commits), against))
+                {place: _entry(found, metric, over) for place, found in places.items()}, tuple(commits), against))
     return sorted(tables, key=lambda t: (t.subject.place, t.metric))
 
 
-def _runs(results: pa.Table) -> Iterable[_Run]:
+def runs(results: pa.Table) -> list[Run]:
+    """The cells of a store's best attempts. Data sets of several versions have them in their names."""
     wanted = ["cell", "status", "method", "source", "source_fingerprint", "set_fingerprint", "distillation_seed", "target",
               "target_fingerprint", "task", "architecture", "resolution", "label_fraction", "evaluation_seed", "hyperparameters",
               "distillation", "metric", "value", "commit", "dirty"]
-    runs: dict[str, _Run] = {}
+    found: dict[str, Run] = {}
     for row in results.select(wanted).to_pylist():
-        runs.setdefault(row["cell"], _Run(row, {})).values[row["metric"]] = row["value"]
+        found.setdefault(row["cell"], Run(row, {})).values[row["metric"]] = row["value"]
     for name in ("source", "target"):
-        _tell_versions_apart([run.about for run in runs.values()], name)
-    return runs.values()
+        _tell_versions_apart([run.about for run in found.values()], name)
+    return list(found.values())
 
 
 def _tell_versions_apart(abouts: list[dict[str, Any]], name: Literal["source", "target"]) -> None:
@@ -197,8 +199,8 @@ def _tell_versions_apart(abouts: list[dict[str, Any]], name: Literal["source", "
             about[name] += f" ({about[f'{name}_fingerprint'][:8] or 'unknown version'})"
 
 
-def _by_subject(runs: Iterable[_Run]) -> dict[Subject, list[_Run]]:
-    subjects: dict[Subject, list[_Run]] = defaultdict(list)
+def _by_subject(runs: Iterable[Run]) -> dict[Subject, list[Run]]:
+    subjects: dict[Subject, list[Run]] = defaultdict(list)
     without_set = []
     for run in runs:
         if run.about["set_fingerprint"] or run.about["task"] == "fid":
@@ -213,7 +215,7 @@ def _by_subject(runs: Iterable[_Run]) -> dict[Subject, list[_Run]]:
     return subjects
 
 
-def _entry(runs: list[_Run], metric: str, over: Over) -> Entry:
+def _entry(runs: list[Run], metric: str, over: Over) -> Entry:
     numbers = [(run.about, run.values[metric]) for run in runs if run.about["status"] == "ok" and run.values[metric] is not None]
     failed = sum(run.about["status"] == "failed" for run in runs)
     by_seed: dict[Any, list[float]] = defaultdict(list)

@@ -1,0 +1,122 @@
+"""Charts as SVG or PNG, drawn by matplotlib with colours that are readable on light and dark pages. Know no results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Literal
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK = "#7a7a7a"
+"""of axes and text: grey enough for white and for black paper"""
+Format = Literal["svg", "png"]
+Points = Sequence[tuple[float, float]]
+
+
+def bars(title: str, methods: Sequence[str], columns: Sequence[str], means: np.ndarray, stds: np.ndarray, unit: str,
+         format: Format = "svg") -> bytes:
+    """Methods side by side for each column, with error bars (Figure 3's layout). means, stds: [methods, columns], NaN where missing."""
+    figure, axes = _figure(max(6.0, 1.2 + 0.28 * len(methods) * len(columns)), 3.6)
+    width, places = 0.8 / max(1, len(methods)), np.arange(len(columns))
+    for i, method in enumerate(methods):
+        axes.bar(places + (i - (len(methods) - 1) / 2) * width, np.nan_to_num(means[i]), width * 0.92, yerr=np.nan_to_num(stds[i]),
+                 label=_plain(method), color=f"C{i % 10}", ecolor=INK, capsize=2)
+    axes.set_xticks(places, [_plain(column) for column in columns])
+    low, high = np.nanmin(means - np.nan_to_num(stds), initial=np.inf), np.nanmax(means + np.nan_to_num(stds), initial=-np.inf)
+    cut = max(0.0, low - 0.25 * (high - low)) if np.isfinite(low) and high > low else 0.0
+    if cut:
+        axes.set_ylim(cut)
+    axes.set_ylabel(f"{unit}, from {cut:.3g} on" if cut else unit)
+    return _finish(figure, axes, title, format, columns=min(4, len(methods)))
+
+
+def scatter(title: str, methods: Sequence[str], values: Sequence[Sequence[float]], unit: str, format: Format = "svg") -> bytes:
+    """Every run's number, a row of points a method."""
+    figure, axes = _figure(6.0, 1.2 + 0.32 * len(methods))
+    for i, numbers in enumerate(values):
+        axes.plot(numbers, [i] * len(numbers), "o", color=f"C{i % 10}", alpha=0.7)
+    axes.set_yticks(range(len(methods)), [_plain(method) for method in methods])
+    axes.set_ylim(len(methods) - 0.5, -0.5)
+    axes.set_xlabel(unit)
+    return _finish(figure, axes, title, format)
+
+
+def lines(title: str, curves: Sequence[tuple[str, Points]], across: str, up: str, format: Format = "svg") -> bytes:
+    """Curves over each other."""
+    figure, axes = _figure(6.4, 3.4)
+    for i, (name, points) in enumerate(curves):
+        x, y = np.asarray(points, float).reshape(-1, 2).T
+        axes.plot(x, y, color=f"C{i % 10}", linewidth=1.2, label=_plain(name), marker="o" if len(x) < 12 else "", markersize=3)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    return _finish(figure, axes, title, format, columns=1 if len(curves) < 9 else 0)
+
+
+def parallel(title: str, names: Sequence[str], rows: Sequence[Sequence[str | float]], values: Sequence[float], unit: str,
+             format: Format = "svg") -> bytes:
+    """Parallel coordinates: a line a run through the values of its settings, ending at its number. names: of the settings."""
+    figure, axes = _figure(max(6.0, 1.4 * (len(names) + 1)), 3.6)
+    scaled, ticks = [], []
+    for column in [*zip(*rows, strict=True), values]:
+        heights, labels = _heights(column)
+        scaled.append([heights[value] for value in column])
+        ticks.append(labels)
+    low, high = min(values), max(values)
+    for i, path in enumerate(zip(*scaled, strict=True)):
+        axes.plot(range(len(path)), path, alpha=0.6, color=matplotlib.colormaps["viridis"]((values[i] - low) / (high - low or 1)))
+    for x, labels in enumerate(ticks):
+        axes.axvline(x, color=INK, linewidth=0.6)
+        for text, height in labels:
+            axes.text(x + 0.02, height, _plain(text), fontsize=7, color=INK, va="center")
+    axes.set_xticks(range(len(names) + 1), [*map(_plain, names), unit], rotation=15, ha="right")
+    axes.set_yticks([])
+    return _finish(figure, axes, title, format)
+
+
+def _heights(column: Sequence[str | float]) -> tuple[dict[str | float, float], list[tuple[str, float]]]:
+    """Each value's height in [0, 1], and the labels beside the axis."""
+    known = sorted(set(column), key=lambda value: (isinstance(value, str), value))
+    if any(isinstance(value, str) for value in known):
+        heights = {value: i / max(1, len(known) - 1) for i, value in enumerate(known)}
+    else:
+        span = known[-1] - known[0] or 1
+        heights = {value: (value - known[0]) / span for value in known}
+    marked = known if len(known) <= 8 else [known[0], known[-1]]
+    return heights, [(value if isinstance(value, str) else f"{value:.4g}", heights[value]) for value in marked]
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    axes.tick_params(colors=INK, labelsize=8)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_color(INK)
+    for side, spine in axes.spines.items():
+        spine.set_color(INK)
+        spine.set_visible(side in ("left", "bottom"))
+    return figure, axes
+
+
+def _finish(figure: Figure, axes: Axes, title: str, format: Format, columns: int = 0) -> bytes:
+    """columns: of the legend, 0 for none."""
+    axes.set_title(_plain(title), color=INK, fontsize=9, loc="left", wrap=True)
+    if columns and axes.get_legend_handles_labels()[1]:
+        legend = axes.legend(fontsize=7, ncols=columns, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(0, -0.18))
+        legend.set_in_layout(True)
+    sink = BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "krrst"}):
+        figure.savefig(sink, format=format, dpi=150, metadata={"Date": None} if format == "svg" else None)
+    return sink.getvalue()
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib does not take for mathematics, of bearable length. It stands in the SVG as a comment, too, which `--` ends."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    text = (text if len(text) <= 60 else text[:57] + "...").replace("$", r"\$").replace("--", "–")
+    return f" {text}" if text.startswith("_") else text  # a label that begins so is left out of legends

@@ -1,0 +1,103 @@
+"""What is typed: `krrst explore URI`, `krrst report URI --html FILE`, `krrst show PATH`."""
+
+from __future__ import annotations
+
+import socket
+from typing import Annotated
+
+import tyro
+from aiohttp import web
+
+from krrst_dist import storage
+from krrst_dist.artifacts import DistilledSet
+from krrst_dist.config import ConfigError, nearest
+from krrst_dist.explorer import pictures, report
+from krrst_dist.explorer.library import Library, SetFiles, SetPlace
+from krrst_dist.explorer.server import application, hosts_of
+from krrst_dist.results import ResultsError
+from krrst_dist.results.tables import Over
+
+Uri = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URI", help="--out of a grid or a run, or a results folder")]
+Path = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH", help="a distilled set, or a run's folder")]
+
+
+def explore(uri: Uri, host: str = "127.0.0.1", port: int = 8501) -> None:
+    """Show results, trials and distilled sets in a browser. Only reads; Ctrl-C ends it.
+
+    Args:
+        host: address to listen at. The default is this machine alone; from elsewhere: ssh -L PORT:127.0.0.1:PORT THIS_MACHINE.
+        port: 0 takes any that is free.
+    """
+    library = Library(uri)
+    library.refresh()
+    try:
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"host = {host!r}, port = {port}: cannot listen there ({error}); give another --port, 0 for any") from None
+    shown = f"[{host}]" if ":" in host else host
+    print(f"http://{shown}:{listening.getsockname()[1]}/  shows {uri}; Ctrl-C ends it", flush=True)
+    web.run_app(application(library, hosts=hosts_of(host)), sock=listening, print=None, access_log=None)
+
+
+def show(path: Path, out: str = ".", columns: int = 10, zoom: int | None = None) -> None:
+    """Write a distilled set's images, and its run's loss curves where there are any, as PNG.
+
+    Args:
+        out: folder or URI for images.png, start.png and losses.png.
+        columns: images in a row.
+        zoom: pixels of the picture for one of an image; default: so that an image is about 96 wide.
+    """
+    if columns < 1 or (zoom is not None and zoom < 1):
+        raise ConfigError(f"columns = {columns}, zoom = {zoom}: both are at least 1")
+    if not storage.exists(path):
+        raise ConfigError(f"path = {path!r}: there is nothing; give a distilled.safetensors or the folder of a run (seed-0)")
+    written = {}
+    if path.endswith(".safetensors"):
+        sets = {"images.png": DistilledSet.load(path)}
+    else:
+        files = SetFiles(SetPlace(path, path))
+        sets = {name: files.load(which) for name, which in (("images.png", "distilled"), ("start.png", "start"))
+                if f"{which}.safetensors" in files.names}
+        if drawn := pictures.losses(files, "png"):
+            written["losses.png"] = drawn
+        if not sets and not written:
+            raise ConfigError(f"path = {path!r}: holds neither a distilled set nor losses; give the folder of a run (seed-0)")
+    for name, held in sets.items():
+        written[name] = pictures.sheet(held, columns=columns, zoom=zoom or max(1, round(96 / held.x_syn.shape[-1])))
+    for name, payload in written.items():
+        storage.write_whole(storage.join(out, name), payload)
+        print(f"written: {storage.join(out, name)}")
+
+
+def write_report(uri: Uri, html: str, over: Over = "evaluation", against: str = "") -> None:
+    """Write tables, charts and images as one HTML file that opens without a server or a network.
+
+    Args:
+        html: file or URI to write.
+        over: what the spread is over: all runs of a method, or its distillation seeds.
+        against: a method that the others are compared with, seed by seed.
+    """
+    library = Library(uri)
+    library.refresh()
+    if library.problem:
+        raise ResultsError(library.problem)
+    known = sorted({run.about["method"] for run in library.runs})
+    if against and against not in known:
+        raise ResultsError(f"against = {against!r}: no result is of this method; {nearest(against, known)}")
+    storage.write_whole(html, report.html(library, {"over": over, "against": against}).encode())
+    print(f"written: {html}")
+
+
+def report_main(arguments: list[str]) -> None:
+    """`krrst report URI --html FILE [--options]`."""
+    tyro.cli(write_report, args=arguments, prog="krrst report")
+
+
+def explore_main(arguments: list[str]) -> None:
+    """`krrst explore URI [--options]`."""
+    tyro.cli(explore, args=arguments, prog="krrst explore")
+
+
+def show_main(arguments: list[str]) -> None:
+    """`krrst show PATH [--options]`."""
+    tyro.cli(show, args=arguments, prog="krrst show")

@@ -1,0 +1,101 @@
+"""Comparing methods in one table: bars with error bars, every run as a point, Welch's test, and what settings do. Writes no HTML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from krrst_dist.config import flatten
+from krrst_dist.explorer import charts
+from krrst_dist.explorer.charts import Format
+from krrst_dist.explorer.trials import at_place
+from krrst_dist.results import render
+from krrst_dist.results.tables import PaperTable, Run
+
+MOST = 6
+"""settings that parallel coordinates show"""
+
+
+@dataclass(frozen=True)
+class Welch:
+    """Two-sided: is one method's mean another's? p is None where either has fewer than two runs, or no spread."""
+
+    column: str
+    first: str
+    second: str
+    difference: float
+    p: float | None
+
+
+def unit(table: PaperTable) -> str:
+    """What its numbers are, for an axis."""
+    return f"{table.metric} [%]" if "accuracy" in table.metric else table.metric
+
+
+def scale(table: PaperTable) -> float:
+    """Factor on stored numbers for people."""
+    return 100.0 if "accuracy" in table.metric else 1.0
+
+
+def methods(table: PaperTable, asked: Sequence[str]) -> list[str]:
+    """Those of a table that were asked for; all, where none was."""
+    return [method for method in table.methods if method in asked] or list(table.methods)
+
+
+def bars(table: PaperTable, chosen: Sequence[str], format: Format = "svg") -> bytes:
+    """Means and population standard deviations."""
+    def numbers(name: str) -> np.ndarray:
+        found = [[getattr(table.entry(method, column), name) for column in table.columns] for method in chosen]
+        return scale(table) * np.array([[np.nan if value is None else value for value in row] for row in found], float)
+
+    return charts.bars(render.title(table), chosen, table.columns, numbers("mean"), numbers("std"), unit(table), format)
+
+
+def scatter(table: PaperTable, column: str, chosen: Sequence[str], format: Format = "svg") -> bytes:
+    """Every run in one column."""
+    values = [[scale(table) * value for value in table.entry(method, column).values] for method in chosen]
+    return charts.scatter(f"{column}: every run", chosen, values, unit(table), format)
+
+
+def tests(table: PaperTable, chosen: Sequence[str]) -> list[Welch]:
+    """The best of the chosen methods against each other one, column by column."""
+    from scipy.stats import ttest_ind  # slow to import
+
+    found = []
+    for column in table.columns:
+        ranked = [method for method in table.ranking(column) if method in chosen]
+        for other in ranked[1:]:
+            best, rest = table.entry(ranked[0], column), table.entry(other, column)
+            possible = min(best.n, rest.n) > 1 and bool(best.std or rest.std)
+            p = float(ttest_ind(best.values, rest.values, equal_var=False).pvalue) if possible else None
+            found.append(Welch(column, ranked[0], other, scale(table) * (best.mean - rest.mean), p))
+    return found
+
+
+def settings(runs: Sequence[Run], query: dict[str, str], table: PaperTable, number: int, format: Format = "svg") -> bytes | None:
+    """Parallel coordinates of the runs of a table's first column that have a number: the settings of their sets and recipes in which they
+    differ, then the number. None where they differ in none."""
+    cells = set()
+    for method in table.methods:
+        cells |= at_place(runs, query | {"table": str(number), "row": method, "column": table.columns[0]})[1]
+    there = [run for run in runs if run.about["cell"] in cells and run.values.get(table.metric) is not None and run.about["status"] == "ok"]
+    given = [flatten({"set": json.loads(run.about["distillation"]), "recipe": json.loads(run.about["hyperparameters"])}) |
+             {"method": run.about["method"]} for run in there]
+    names = sorted({name for each in given for name in each})
+    names = [name for name in names if len({json.dumps(each.get(name)) for each in given}) > 1]
+    names = sorted(names, key=lambda name: (name != "method", len({json.dumps(each.get(name)) for each in given}), name))[:MOST]
+    if not names:
+        return None
+    rows = [[_coordinate(each.get(name), [other.get(name) for other in given]) for name in names] for each in given]
+    values = [scale(table) * run.values[table.metric] for run in there]
+    return charts.parallel(f"{table.columns[0]}: settings and {table.metric}", names, rows, values, unit(table), format)
+
+
+def _coordinate(value: object, all_of_it: Sequence[object]) -> str | float:
+    """A number where all are numbers, else text."""
+    if all(isinstance(each, int | float) and not isinstance(each, bool) for each in all_of_it):
+        return float(value)
+    return value if isinstance(value, str) else json.dumps(value)

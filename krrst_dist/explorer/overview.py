@@ -1,0 +1,92 @@
+"""The first page: the paper's tables as the results fill them, narrowed down by filters. Works out what stands where; writes no HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from krrst_dist.results import render
+from krrst_dist.results.tables import Over, PaperTable, Run, paper_tables
+
+FILTERS = {"source": "source", "task": "task", "target": "target", "architecture": "architecture", "label_fraction": "share of labels",
+           "method": "method", "distillation_seed": "distillation seed", "evaluation_seed": "evaluation seed", "commit": "commit"}
+"""columns that can be filtered by, and what they are called"""
+SPREADS: Mapping[str, str] = {"evaluation": "all runs", "distillation": "distillation seeds"}
+Query = Mapping[str, str]
+"""what a page was asked for: names and values of its address"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One place of a table. query: of the page with its trials."""
+
+    text: str
+    state: str
+    best: bool
+    advantage: str
+    query: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A table as it is shown. number: its place in the list, by which other pages name it."""
+
+    number: int
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Place]]]
+    notes: Sequence[str]
+    table: PaperTable
+
+
+def value_of(run: Run, column: str) -> str:
+    """A run's value as a filter shows it; '' where it has none."""
+    value = run.about[column]
+    if value is None:
+        return ""
+    return str(value)[:12] if column == "commit" else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def chosen(runs: Sequence[Run], query: Query) -> list[Run]:
+    """The runs that all filters let through."""
+    wanted = {name: query[name] for name in FILTERS if query.get(name)}
+    return [run for run in runs if all(value_of(run, name) == value for name, value in wanted.items())] if wanted else list(runs)
+
+
+def options(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Per filter, the values there are; filters that would change nothing are left out."""
+    found = {name: sorted({value_of(run, name) for run in runs} - {""}, key=_by_number) for name in FILTERS}
+    return {name: values for name, values in found.items() if len(values) > 1}
+
+
+def tables(runs: Sequence[Run], query: Query) -> list[PaperTable]:
+    """The tables that a query asks for."""
+    left = chosen(runs, query)
+    against = query.get("against", "")
+    over: Over = "distillation" if query.get("over") == "distillation" else "evaluation"
+    return paper_tables(left, over=over, against=against if any(run.about["method"] == against for run in left) else "")
+
+
+def shown(found: Sequence[PaperTable]) -> list[Shown]:
+    """As people see them."""
+    return [_shown(number, table) for number, table in enumerate(found)]
+
+
+def _shown(number: int, table: PaperTable) -> Shown:
+    best = {column: table.best(column) for column in table.columns}
+    rows = [(method, [_place(number, table, method, column, method in best[column]) for column in table.columns])
+            for method in table.methods]
+    return Shown(number, render.title(table), table.columns, rows, render.notes(table), table)
+
+
+def _place(number: int, table: PaperTable, method: str, column: str, best: bool) -> Place:
+    return Place(render.place(table, method, column), table.entry(method, column).state, best, render.advantage(table, method, column),
+                 {"table": str(number), "row": method, "column": column})
+
+
+def _by_number(text: str) -> tuple[Any, ...]:
+    try:
+        return 0, float(text), text
+    except ValueError:
+        return 1, 0.0, text.casefold()

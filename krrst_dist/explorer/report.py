@@ -1,0 +1,40 @@
+"""The same tables, charts and images as one HTML file that opens anywhere, without a server or a network."""
+
+from __future__ import annotations
+
+import base64
+from datetime import UTC, datetime
+from importlib import resources
+
+from krrst_dist.artifacts import ArtifactError
+from krrst_dist.explorer import compare, overview, pages, pictures
+from krrst_dist.explorer.library import Library, SetFiles
+from krrst_dist.explorer.overview import Query
+from krrst_dist.storage import StorageError
+
+IMAGES = 100
+"""of each set"""
+
+
+def html(library: Library, query: Query | None = None) -> str:
+    """The report, of what a query lets through."""
+    query = query or {}
+    found = overview.shown(overview.tables(library.runs, query))
+    charts = [pages.picture(compare.bars(one.table, list(one.table.methods)), f"bars: {one.title}") for one in found if one.table.ranked]
+    style = resources.files(__package__).joinpath("static", "style.css").read_text()
+    return pages.render("report.html", title="Results", uri=library.uri, problem=library.problem, query=query, tables=found, links=False,
+                        charts=charts, sheets=_sheets(library), style=pages.Markup(style), date=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC")
+
+
+def _sheets(library: Library) -> list[tuple[str, str]]:
+    """(name, data address) of the images of each set that can be read."""
+    found = []
+    for place in library.sets():
+        try:
+            held = SetFiles(place).load("distilled")
+        except (FileNotFoundError, ArtifactError, StorageError):
+            continue
+        zoom = max(1, round(48 / held.x_syn.shape[-1]))
+        sheet = pictures.sheet(held, columns=20, zoom=zoom, most=IMAGES)
+        found.append((place.name, "data:image/png;base64," + base64.b64encode(sheet).decode()))
+    return found

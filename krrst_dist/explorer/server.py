@@ -1,0 +1,290 @@
+"""Sends the pages: which address shows what, and who may ask. Every answer is a GET; nothing is ever written or run.
+
+It listens on loopback unless told otherwise, and then answers only to names of this machine, so that a page elsewhere cannot read it
+through the user's browser. Reading and drawing are done in threads, so that one slow storage does not stop the others' pages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from aiohttp import web
+
+from krrst_dist import storage
+from krrst_dist.artifacts import ArtifactError
+from krrst_dist.explorer import compare, overview, pages, pictures, report, trials
+from krrst_dist.explorer.library import Library, SetFiles
+from krrst_dist.results import render
+from krrst_dist.results.commands import FORMATS
+from krrst_dist.results.tables import PaperTable
+
+POLICY = ("default-src 'none'; style-src 'self' 'unsafe-inline'; script-src 'self'; img-src 'self' data:; connect-src 'self'; "
+          "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
+_TEXT = {"csv": "text/csv", "tex": "application/x-tex", "md": "text/markdown"}
+
+
+@dataclass(frozen=True)
+class File:
+    """What is not a page."""
+
+    body: bytes
+    kind: str
+    name: str = ""
+    """to be saved under; '' for what a page shows"""
+
+
+class NotThere(LookupError):
+    """Says what is not there."""
+
+
+Answer = str | File
+Page = Callable[["Request"], Answer]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a page is asked for."""
+
+    library: Library
+    query: dict[str, str]
+    methods: list[str]
+    part: str
+    """the changing part of the address"""
+
+    def page(self, template: str, here: str, title: str, **values: Any) -> str:
+        """A page of ours."""
+        return pages.render(template, here=here, title=title, uri=self.library.uri, problem=values.pop("problem", self.library.problem),
+                            query=self.query, **values)
+
+
+def show_overview(request: Request) -> Answer:
+    """The tables."""
+    runs = request.library.runs
+    return request.page("overview.html", "/", "Overview", tables=overview.shown(overview.tables(runs, request.query)), links=True,
+                        options=overview.options(runs), filters=overview.FILTERS, spreads=overview.SPREADS,
+                        methods=sorted({run.about["method"] for run in runs}))
+
+
+def show_trials(request: Request) -> Answer:
+    """Attempts: all of them, or those behind a place of a table."""
+    library, place, cells = request.library, "", None
+    if "table" in request.query:
+        table, cells = trials.at_place(library.runs, request.query)
+        if table is None:
+            raise NotThere("there is no such place in the tables any more; go back to the overview")
+        place = f"{request.query.get('row')}, {request.query.get('column')}: {render.title(table)}."
+    found = trials.attempts(library.attempts, cells)
+    last = -(-len(found) // trials.PAGE)
+    page = _page(request, last)
+    there = found[page * trials.PAGE:(page + 1) * trials.PAGE]
+    curves = trials.curves(library, there[:20]) if cells is not None else []
+    return request.page("trials.html", "/trials", "Trials", attempts=there, identity=trials.IDENTITY, place=place, path="/trials",
+                        differing=trials.differing(there), page=page, pages=last, experiments=trials.experiments(library),
+                        chart=_learning_curves(curves))
+
+
+def show_experiments(request: Request) -> Answer:
+    """What Ray Tune is doing: the part of the page that is refreshed."""
+    return pages.render("experiments.html", experiments=trials.experiments(request.library))
+
+
+def show_trial(request: Request) -> Answer:
+    """One attempt."""
+    library = request.library
+    one = trials.one(library.attempts, request.part)
+    if one is None:
+        raise NotThere("there is no such trial")
+    others = trials.attempts(library.attempts, {one.about["cell"]})
+    return request.page("trial.html", "/trials", f"Trial {one.key[:8]}", one=one, others=others, identity=trials.IDENTITY,
+                        chart=_learning_curves(trials.curves(library, [one])), log=library.error(one.about["trial_path"]))
+
+
+def show_compare(request: Request) -> Answer:
+    """Methods side by side."""
+    runs, found = request.library.runs, overview.shown(overview.tables(request.library.runs, request.query))
+    if not found:
+        return request.page("compare.html", "/compare", "Compare", tables=[])
+    one = found[_number(request)] if _number(request) < len(found) else found[0]
+    chosen = compare.methods(one.table, request.methods)
+    drawn = compare.settings(runs, request.query, one.table, one.number)
+    query = request.query | {"table": str(one.number)}
+    return request.page(
+        "compare.html", "/compare", "Compare", tables=found, one=one, chosen=chosen, welch=compare.tests(one.table, chosen),
+        bars=pages.picture(compare.bars(one.table, chosen), f"bars: {one.title}; the numbers are on the overview"),
+        scatters=[pages.picture(compare.scatter(one.table, column, chosen), f"{column}: every run") for column in one.columns],
+        parallel=pages.picture(drawn, "parallel coordinates of the settings that differ") if drawn else None,
+        chart_address="/download/bars.", chart_query=pages.address("", query))
+
+
+def show_sets(request: Request) -> Answer:
+    """All distillation runs."""
+    return request.page("sets.html", "/sets", "Distilled sets", sets=request.library.sets())
+
+
+def show_set(request: Request) -> Answer:
+    """One distillation run."""
+    files, problem = _files(request), ""
+    try:
+        held = files.load("distilled")
+    except FileNotFoundError:
+        held, problem = None, "This run has not ended: it has no distilled.safetensors yet."
+    except (ArtifactError, storage.StorageError) as error:
+        held, problem = None, str(error)
+    last = -(-len(held.x_syn) // pictures.PAGE) if held else 0
+    page, drawn = _page(request, last), pictures.losses(files)
+    zoom = next((each for each in pictures.ZOOMS if str(each) == request.query.get("zoom")), 96)
+    labels = None
+    if held and held.label_kind == "class":
+        names = held.class_names
+        labels = [names[label] if names and label < len(names) else str(label) for label in held.y_syn.tolist()]
+    there = range(page * pictures.PAGE, min((page + 1) * pictures.PAGE, len(held.x_syn))) if held else range(0)
+    return request.page(
+        "set.html", "/sets", files.place.name, problem=problem, held=held, zooms=pictures.ZOOMS, zoom=zoom, path="/set", page=page,
+        pages=last, started="start" in request.query and "start.safetensors" in files.names, indices=there, labels=labels,
+        chart=pages.picture(drawn, "losses by meta-update") if drawn else None, about=pictures.about(held) if held else None)
+
+
+def show_image(request: Request) -> Answer:
+    """One image of a set, as PNG."""
+    which = "start" if request.query.get("which") == "start" else "distilled"
+    try:
+        return File(pictures.png(_files(request).load(which), int(request.query.get("index", ""))), "image/png")
+    except (ValueError, IndexError, FileNotFoundError):
+        raise NotThere("there is no such image") from None
+
+
+def download(request: Request) -> Answer:
+    """Tables, charts, sets."""
+    library, (name, _, kind) = request.library, request.part.partition(".")
+    if name == "results" and kind == "parquet":
+        cells = sorted({run.about["cell"] for run in overview.chosen(library.runs, request.query)})
+        rows = library.results
+        return File(FORMATS["parquet"](rows.filter(pc.is_in(rows["cell"], pa.array(cells, pa.string())))),
+                    "application/vnd.apache.parquet", "results.parquet")
+    if name == "results" and kind in _TEXT:
+        write = {"csv": render.to_csv, "tex": render.to_latex, "md": render.to_markdown}[kind]
+        return File(write(overview.tables(library.runs, request.query)).encode(), _TEXT[kind], request.part)
+    if request.part == "report.html":
+        return File(report.html(library, request.query).encode(), "text/html", "report.html")
+    if name == "bars" and kind in ("svg", "png") and (table := _table(request)):
+        return File(compare.bars(table, compare.methods(table, request.methods), kind),
+                    "image/svg+xml" if kind == "svg" else "image/png", request.part)
+    if request.part == "set.zip":
+        return File(pictures.archive(_files(request).load("distilled")), "application/zip", "set.zip")
+    if request.part == "set.safetensors":
+        return File(storage.read_whole(storage.join(_files(request).place.uri, "distilled.safetensors")), "application/octet-stream",
+                    "distilled.safetensors")
+    raise NotThere("there is nothing of that name to download")
+
+
+PAGES: dict[str, Page] = {"/": show_overview, "/trials": show_trials, "/experiments": show_experiments, "/trial/{part}": show_trial,
+                          "/compare": show_compare, "/sets": show_sets, "/set": show_set, "/image.png": show_image,
+                          "/download/{part}": download}
+
+
+def application(library: Library, *, hosts: frozenset[str] | None) -> web.Application:
+    """The web application. hosts: names that it answers to; None: all."""
+    app = web.Application(middlewares=[_guard(hosts)])
+    for path, page in PAGES.items():
+        app.router.add_get(path, _handler(library, page))
+    app.router.add_get("/static/{part}", _static)
+    return app
+
+
+def hosts_of(address: str) -> frozenset[str] | None:
+    """The names that a server at an address answers to: those of loopback for loopback, else all."""
+    loopback = address == "localhost" or (_is_ip(address) and ipaddress.ip_address(address).is_loopback)
+    return frozenset({"localhost", "127.0.0.1", "[::1]", address}) if loopback else None
+
+
+def _handler(library: Library, page: Page) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    def answer(request: Request) -> tuple[int, Answer]:
+        library.refresh()
+        try:
+            return 200, page(request)
+        except NotThere as error:
+            return 404, request.page("base.html", "", "Not there", problem=f"{error}.")
+        except FileNotFoundError:
+            return 404, request.page("base.html", "", "Not there", problem="It was there when this page was made, and has gone since.")
+        except (ArtifactError, storage.StorageError) as error:
+            return 422, request.page("base.html", "", "Cannot be read", problem=str(error))
+
+    async def handle(asked: web.Request) -> web.StreamResponse:
+        request = Request(library, {name: value for name, value in asked.query.items() if name != "method_"},
+                          asked.query.getall("method_", []), asked.match_info.get("part", ""))
+        status, found = await asyncio.to_thread(answer, request)
+        if isinstance(found, str):
+            return web.Response(text=found, status=status, content_type="text/html", headers={"Cache-Control": "no-store"})
+        saved = {"Content-Disposition": f'attachment; filename="{found.name}"'} if found.name else {"Cache-Control": "max-age=60"}
+        return web.Response(body=found.body, content_type=found.kind, headers=saved)
+
+    return handle
+
+
+def _guard(hosts: frozenset[str] | None) -> Any:
+    @web.middleware
+    async def guard(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+        if hosts is not None and request.host.rpartition(":")[0] not in hosts and request.host not in hosts:
+            raise web.HTTPForbidden(text=f"This server answers to {', '.join(sorted(hosts))} only.\n")
+        response = await handler(request)
+        response.headers.update({"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"})
+        return response
+
+    return guard
+
+
+async def _static(request: web.Request) -> web.StreamResponse:
+    kinds = {"style.css": "text/css", "live.js": "text/javascript"}
+    name = request.match_info["part"]
+    if name not in kinds:
+        raise web.HTTPNotFound
+    return web.Response(text=static(name), content_type=kinds[name], headers={"Cache-Control": "max-age=60"})
+
+
+def static(name: str) -> str:
+    """A file of ours that pages refer to."""
+    return resources.files(__package__).joinpath("static", name).read_text()
+
+
+def _files(request: Request) -> SetFiles:
+    place = request.library.set_place(request.query.get("name", ""))
+    if place is None:
+        raise NotThere("there is no distillation run of that name")
+    return SetFiles(place)
+
+
+def _learning_curves(curves: list[tuple[str, list[tuple[float, float]]]]) -> Any:
+    from krrst_dist.explorer import charts
+
+    said = f"training loss by step of {len(curves)} trial(s)"
+    return pages.picture(charts.lines("learning curves", curves, "step", "training loss"), said) if curves else None
+
+
+def _number(request: Request) -> int:
+    text = request.query.get("table", "")
+    return int(text) if text.isdigit() and len(text) < 6 else 0
+
+
+def _table(request: Request) -> PaperTable | None:
+    found = overview.tables(request.library.runs, request.query)
+    return found[_number(request)] if _number(request) < len(found) else None
+
+
+def _page(request: Request, pages_there: int) -> int:
+    text = request.query.get("page", "")
+    return min(int(text), max(0, pages_there - 1)) if text.isdigit() and len(text) < 9 else 0
+
+
+def _is_ip(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True

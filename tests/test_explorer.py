@@ -1,0 +1,331 @@
+"""The explorer as it is used: `krrst explore` over a real folder, asked as a browser asks."""
+
+from __future__ import annotations
+
+import html
+import http.client
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from scipy.stats import ttest_ind
+
+import krrst_dist
+from krrst_dist import parquet
+from krrst_dist.artifacts import DistilledSet, Space
+from krrst_dist.cli import main
+from krrst_dist.explorer import library as library_module
+from krrst_dist.explorer.library import Library
+from krrst_dist.explorer.server import hosts_of
+from krrst_dist.provenance import Revision
+from krrst_dist.results import Cell, Outcome, ResultStore, paper_tables, to_csv
+
+HOSTILE = "<script>alert(1)</script> --> ../../x & \"y\""
+SPACE = Space("normalised", (0.5, 0.4, 0.3), (0.25, 0.2, 0.1))
+
+
+def cell(method: str, target: str, seed: int, m: int = 20) -> Cell:
+    return Cell(method=method, source="cifar100", source_fingerprint="5a", target=target, target_fingerprint=f"7{target}", task="finetune",
+                architecture="convnet-128-256-512", resolution=32, evaluation_seed=0, distillation_seed=seed,
+                set_fingerprint=f"{method}{seed}", distillation={"distill": {"m": m}}, hyperparameters={"steps": 100})
+
+
+def outcome(accuracy: float, trial: str = "") -> Outcome:
+    return Outcome(status="ok", metrics={"accuracy": accuracy}, n_test=1000, steps=100, seconds=2.5, device="a CPU", trial_path=trial)
+
+
+def distilled(images: int, seed: int = 0) -> DistilledSet:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(images, 3, 8, 8)).astype(np.float32)
+    return DistilledSet(x, rng.integers(0, 2, images), "class", {"loss": "ce"}, SPACE, ("cat", HOSTILE), {"method": "dm", "seed": seed})
+
+
+def fill(folder: Path) -> None:
+    """What a grid leaves, in small."""
+    store = ResultStore(folder / "results", Revision("c0ffee" + "0" * 34, False))
+    for seed in range(3):
+        for target in ("cifar10", "cifar100"):
+            store.write(cell("Random", target, seed), outcome(0.50 + 0.01 * seed))
+            store.write(cell("KRR-ST", target, seed, m=40), outcome(0.60 + 0.02 * seed, f"/elsewhere/tune/cells-1/trial-{seed}"))
+    store.write(cell(HOSTILE, "cifar10", 0), Outcome(status="failed", error=f"RuntimeError: {HOSTILE}",
+                                                     trial_path="/elsewhere/tune/cells-1/trial-9"))
+    store.write(cell("DM", "cifar10", 0), Outcome(status="diverged", metrics={"train_loss": float("nan")}, error="NaN from step 3 on",
+                                                  trial_path="../../../etc/passwd"))
+    for seed in range(3):
+        trial = folder / "tune" / "cells-1" / f"trial-{seed}"
+        trial.mkdir(parents=True)
+        lines = [{"step": step, "loss": 1 / step} for step in range(1, 30)] + ([{"status": "ok", "step": 29, "loss": 0.03}] if seed else [])
+        (trial / "result.json").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 30, "lo')
+    failed = folder / "tune" / "cells-1" / "trial-9"
+    failed.mkdir()
+    (failed / "error.txt").write_text(f"Traceback (most recent call last):\n  {HOSTILE}")
+    run = folder / "sets" / "dm-1" / "seed-0"
+    distilled(150).save(run / "distilled.safetensors")
+    distilled(150, seed=1).save(run / "start.safetensors")
+    history = pa.table({"step": [0, 1, 2], "loss": [None, 2.0, 1.0], "held_out": [0.5, None, 0.25]})
+    (run / "history.parquet").write_bytes(parquet.encode(history))
+    damaged = folder / "sets" / "dm-1" / "seed-1"
+    damaged.mkdir()
+    (damaged / "distilled.safetensors").write_bytes((run / "distilled.safetensors").read_bytes()[:1000])
+    (folder / "sets" / "dm-1" / "seed-2").mkdir()
+
+
+class Site:
+    """A running explorer."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.folder = folder
+        self.process = subprocess.Popen([sys.executable, "-m", "krrst_dist.explorer", str(folder), "--port", "0", *options],
+                                        stdout=subprocess.PIPE, text=True)
+        self.address = self.process.stdout.readline().split()[0].rstrip("/")
+
+    def get(self, path: str, status: int = 200, **query: str) -> bytes:
+        try:
+            asked = self.address + path + ("?" + urllib.parse.urlencode(query) if query else "")
+            with urllib.request.urlopen(asked, timeout=60) as answer:
+                assert answer.status == status
+                assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+                return answer.read()
+        except urllib.error.HTTPError as error:
+            assert error.code == status, error.read()
+            return error.read()
+
+    def page(self, path: str, status: int = 200, **query: str) -> str:
+        text = self.get(path, status, **query).decode()
+        assert "<script>alert" not in text and '"y"' not in text
+        return text
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("grid")
+    fill(folder)
+    site = Site(folder)
+    yield site
+    site.close()
+
+
+def cells_of(page: str) -> dict[str, list[str]]:
+    """Rows of a page's first table, by their heading."""
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', page, re.S)
+    return {html.unescape(re.sub("<[^>]+>", "", name)): [" ".join(re.sub("<[^>]+>", " ", each).split())
+                                                         for each in re.findall(r"<td.*?>(.*?)</td>", rest, re.S)] for name, rest in rows}
+
+
+def links(page: str, text: str) -> list[str]:
+    """Where links with this text in them lead."""
+    found = re.findall(r'<a [^>]*?href="([^"]*)"[^>]*>(.*?)</a>', page, re.S)
+    return [html.unescape(address) for address, inside in found if text in inside]
+
+
+def test_the_overview_has_the_papers_table_with_best_failed_and_missing_places(site):
+    page = site.page("/")
+    rows = cells_of(page)
+    assert list(rows) == ["Random", "DM", "KRR-ST", HOSTILE]
+    assert rows["KRR-ST"] == ["62.00 ± 1.63"] * 2 and rows["Random"] == ["51.00 ± 0.82"] * 2
+    assert rows["DM"] == ["–", "diverged"] and rows[HOSTILE] == ["–", "failed"]
+    assert page.count("<strong>62.00 ± 1.63</strong>") == 2 and "<strong>51" not in page
+    assert "Table 1: finetune, source cifar100" in page and "commit c0ffee" in page
+
+
+def test_a_filter_narrows_the_table_and_a_baseline_adds_paired_differences(site):
+    page = site.page("/", target="cifar10", against="Random", over="distillation")
+    assert cells_of(page)["KRR-ST"][0].startswith("62.00 ± 1.63 +11.00 (") and len(cells_of(page)["Random"]) == 1
+    assert cells_of(site.page("/", distillation_seed="2"))["KRR-ST"] == ["64.00", "64.00"]
+    assert "no results that all these filters let through" in site.page("/", target="nowhere")
+
+
+def test_a_place_of_the_table_leads_to_its_trials_and_their_curves(site):
+    address, _ = links(site.page("/"), "62.00")
+    page = site.page(address)
+    assert len(cells_of(page)) == 3 and page.count('class="chart"') == 1
+    assert all("accuracy 0.6" in " ".join(values) for values in cells_of(page).values())
+    address = links(page, "")[links(page, "").index("/trials") + 1:]
+    one = next(each for each in address if each.startswith("/trial/"))
+    trial = site.page(one)
+    assert "a CPU; 2.5 s; 100 steps; 1000 test" in " ".join(trial.split()) and "<dt>set distill.m</dt><dd>40</dd>" in trial
+    assert trial.count('class="chart"') == 1
+
+
+def test_a_failed_trial_shows_its_error_and_its_traceback_as_text(site):
+    page = site.page(links(site.page("/"), "failed")[0])
+    trial = site.page(next(each for each in links(page, "") if each.startswith("/trial/")))
+    assert html.escape(f"RuntimeError: {HOSTILE}", quote=False).split("&quot;")[0][:30] in trial
+    assert "Traceback (most recent call last)" in trial and 'class="chart"' not in trial
+
+
+def test_attempts_that_differ_in_a_setting_have_it_in_a_column(site):
+    page = site.page("/trials")
+    assert "set distill.m" in page and "recipe steps" not in page
+    assert len(cells_of(page)) == 14
+
+
+def test_the_state_of_ray_tune_is_refreshed_without_the_page(site):
+    part = site.page("/experiments")
+    assert "1 open" in part and "2 done" in part and "1 failed" in part and "<html" not in part
+    assert 'data-live="/experiments"' in site.page("/trials")
+
+
+def test_methods_are_compared_by_bars_points_and_welchs_test(site):
+    page = site.page("/compare")
+    assert page.count('class="chart"') == 4  # bars, a scatter a target, settings
+    p = ttest_ind([60, 62, 64], [50, 51, 52], equal_var=False).pvalue
+    assert f"<td>KRR-ST</td><td>Random</td><td>11</td><td>{p:.3g}</td>" in page
+    drawn = site.get("/download/bars.svg")
+    assert drawn.count(b"-->") == drawn.count(b"<!--") and b"<script" not in re.sub(b"<!--.*?-->", b"", drawn, flags=re.S)
+    fewer = site.get("/compare?method_=Random&method_=DM").decode()
+    assert "There is nothing to test." in fewer
+
+
+def test_a_set_is_shown_page_by_page_with_its_labels_and_losses(site):
+    place = links(site.page("/sets"), "dm-1/seed-0")[0]
+    first, last = site.page(place), site.page(place + "&page=2")
+    assert first.count('which=distilled') == 60 and last.count("which=distilled") == 30 and "1 of 3" in first
+    assert "which=start" not in first and site.page(place + "&start=1").count("which=start") == 60
+    assert "cat</figcaption>" in first and first.count('class="chart"') == 1 and "<dt>fingerprint</dt>" in first
+    assert 'width="160"' in site.page(place + "&zoom=160")
+
+
+def test_an_image_is_the_sets_own_pixels(site):
+    held = distilled(150)
+    image = np.asarray(Image.open(io.BytesIO(site.get("/image.png", name="dm-1/seed-0", index="149"))))
+    assert np.abs(image / 255 - np.clip(SPACE.to_pixels(held.x_syn[149]), 0, 1).transpose(1, 2, 0)).max() < 1 / 255
+    for index in ("150", "-1", "x", ""):
+        assert "there is no such image." in site.page("/image.png", status=404, name="dm-1/seed-0", index=index)
+
+
+@pytest.mark.parametrize(("name", "sentence"), [("dm-1/seed-1", "truncated or no safetensors file"),
+                                                ("dm-1/seed-2", "This run has not ended")])
+def test_a_set_that_cannot_be_shown_is_said_to_be_so(site, name, sentence):
+    assert sentence in site.page("/set", name=name)
+
+
+@pytest.mark.parametrize("name", ["../../etc", "/etc", "dm-1/../dm-1/seed-0", HOSTILE, ""])
+def test_nothing_outside_the_folder_can_be_asked_for(site, name):
+    assert "there is no distillation run of that name." in site.page("/set", status=404, name=name)
+
+
+def test_addresses_that_name_nothing_are_answered_with_a_sentence(site):
+    assert "there is no such trial." in site.page("/trial/nothing", status=404)
+    assert "no such place in the tables" in site.page("/trials", status=404, table="99", row="x", column="y")
+    assert "nothing of that name" in site.page("/download/passwd", status=404)
+    assert "62.00" in site.page("/", table="x", page="-1", over="nonsense", against="nobody")
+
+
+def test_downloads_are_the_tables_and_the_set_and_read_back(site):
+    store = ResultStore(site.folder / "results")
+    assert site.get("/download/results.csv").decode() == to_csv(paper_tables(store.read()))
+    table = parquet.decode(site.get("/download/results.parquet", target="cifar10"))
+    assert set(table["target"].to_pylist()) == {"cifar10"} and table.schema.equals(store.read().schema)
+    assert site.get("/download/results.tex").startswith(b"\\begin{table}") and site.get("/download/results.md").startswith(b"### Table 1")
+    assert Image.open(io.BytesIO(site.get("/download/bars.png"))).width > 300 and b"<svg" in site.get("/download/bars.svg")
+    with zipfile.ZipFile(io.BytesIO(site.get("/download/set.zip", name="dm-1/seed-0"))) as file:
+        assert len(file.namelist()) == 151 and json.loads(file.read("labels.json"))["y_syn"] == distilled(150).y_syn.tolist()
+    copy = site.folder / "copy.safetensors"
+    copy.write_bytes(site.get("/download/set.safetensors", name="dm-1/seed-0"))
+    assert DistilledSet.load(copy).fingerprint == distilled(150).fingerprint
+
+
+def test_the_report_opens_without_a_server(site, tmp_path, capsys):
+    assert main(["report", str(site.folder), "--html", str(tmp_path / "report.html"), "--against", "Random"]) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert "62.00 ± 1.63" in text and 'class="chart"' in text and "data:image/png;base64," in text and "<script" not in text
+    assert not re.search(r'(?:src|href)="(?!data:|#)', text)
+    assert main(["report", str(site.folder), "--html", str(tmp_path / "x.html"), "--against", "Randon"]) != 0
+    assert "did you mean 'Random'" in capsys.readouterr().err and not (tmp_path / "x.html").exists()
+
+
+def test_show_writes_pictures_for_people_on_a_terminal(site, tmp_path, capsys):
+    assert main(["show", str(site.folder / "sets/dm-1/seed-0"), "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"images.png", "start.png", "losses.png"}
+    assert Image.open(tmp_path / "images.png").size == (10 * 98 + 2, 15 * 98 + 2)
+    assert main(["show", str(site.folder / "sets/dm-1/seed-0/distilled.safetensors"), "--out", str(tmp_path), "--zoom", "1"]) == 0
+    assert Image.open(tmp_path / "images.png").size == (10 * 10 + 2, 15 * 10 + 2)
+    for path in ("nowhere", str(site.folder / "results")):
+        assert main(["show", path, "--out", str(tmp_path)]) != 0
+    assert "there is nothing" in (said := capsys.readouterr().err) and "neither a distilled set nor losses" in said
+
+
+def test_only_this_machines_own_names_are_answered_to_on_loopback(site):
+    host, port = site.address.removeprefix("http://").split(":")
+    assert host == "127.0.0.1"
+    for method, name, status in (("GET", "attacker.example", 403), ("GET", f"attacker.example:{port}", 403),
+                                 ("GET", f"localhost:{port}", 200), ("GET", "127.0.0.1", 200), ("POST", "127.0.0.1", 405)):
+        connection = http.client.HTTPConnection(host, int(port), timeout=30)
+        connection.request(method, "/sets", headers={"Host": name})
+        assert connection.getresponse().status == status
+    assert hosts_of("0.0.0.0") is None and "localhost" in hosts_of("::1")
+
+
+def test_a_port_that_is_taken_is_one_sentence(site, capsys):
+    assert main(["explore", str(site.folder), "--port", site.address.rpartition(":")[2]]) != 0
+    assert "cannot listen there" in capsys.readouterr().err
+
+
+def test_what_is_added_merged_damaged_or_deleted_while_it_is_open(tmp_path):
+    store = ResultStore(tmp_path / "results", Revision("a" * 40, False))
+    store.write(cell("Random", "cifar10", 0), outcome(0.5))
+    site = Site(tmp_path)
+
+    def soon(text: str) -> None:
+        deadline = time.monotonic() + 60
+        while text not in site.page("/"):
+            assert time.monotonic() < deadline, site.page("/")
+            time.sleep(0.5)
+
+    try:
+        soon("50.00")
+        store.write(cell("KRR-ST", "cifar10", 0), outcome(0.75))
+        soon("75.00")
+        store.merge()
+        store.write(cell("DM", "cifar10", 0), outcome(0.625))
+        soon("62.50")
+        (tmp_path / "results" / "foreign.parquet").write_bytes(b"PAR1 no")
+        soon("foreign.parquet is truncated, damaged or no Parquet file")
+        assert "75.00" in site.page("/")
+        for path in (tmp_path / "results").iterdir():
+            path.unlink()
+        soon("There are no results yet")
+    finally:
+        site.close()
+
+
+def test_a_place_with_nothing_in_it_is_refused(tmp_path, capsys):
+    for uri in (str(tmp_path), str(tmp_path / "nowhere")):
+        assert main(["explore", uri, "--port", "0"]) != 0
+        assert "there is nothing; give the --out of a grid" in capsys.readouterr().err
+
+
+def test_files_that_were_read_are_not_read_again(tmp_path, monkeypatch):
+    store = ResultStore(tmp_path / "results", Revision("a" * 40, False))
+    store.write(cell("Random", "cifar10", 0), outcome(0.5))
+    monkeypatch.setattr(library_module, "SECONDS", 0.0)
+    library, read = Library(str(tmp_path)), []
+    monkeypatch.setattr(ResultStore, "_load", lambda self, name, load=ResultStore._load: read.append(name) or load(self, name))
+    library.refresh()
+    store.write(cell("DM", "cifar10", 0), outcome(0.5))
+    library.refresh()
+    library.refresh()
+    assert len(read) == len(set(read)) == 2 and len(library.runs) == 2
+
+
+def test_pages_need_neither_torch_nor_ray():
+    code = "import sys, krrst_dist.explorer.server; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(krrst_dist.__file__).parents[1]).returncode == 0
