@@ -3,10 +3,11 @@
 #
 #   bash tests/run.sh            everything but the suites below
 #   bash tests/run.sh --slow     those that take minutes, too
+#   bash tests/run.sh --browser  those that drive the result explorer in Chromium, too: on Debian or Ubuntu, as root where it is missing
 #   bash tests/run.sh --cluster  those that make several hosts of this machine, too: on Debian or Ubuntu, as root
 set -euo pipefail
 
-suites=(slow cluster)  # pytest markers of suites that run only when asked for: one word here and one in pyproject.toml
+suites=(slow cluster browser)  # pytest markers of suites that run only when asked for: one word here and one in pyproject.toml
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
@@ -40,10 +41,22 @@ install_for_hosts() {
 }
 [[ " ${left_out[*]} " == *" cluster "* ]] || install_for_hosts
 
+install_browser() {
+    command -v chromium >/dev/null && return
+    [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null || { echo "tests/run.sh: --browser takes Chromium as \`chromium\`; install it" >&2; exit 2; }
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null
+}
+
 bash clusters/setup_node.sh
+python=${KRRST_VENV:-$root/.venv}/bin/python
+if [[ " ${left_out[*]} " != *" browser "* ]]; then
+    install_browser
+    "$python" -m pip --disable-pip-version-check install --quiet --constraint clusters/constraints.txt playwright
+fi
 set_up=$SECONDS
 status=0
 export PYTHONFAULTHANDLER=1  # a crash of native code says where, in the processes that tests start too
-"${KRRST_VENV:-$root/.venv}/bin/python" -m pytest -m "$markers" --durations=10 "${arguments[@]}" || status=$?
+"$python" -m pytest -m "$markers" --durations=10 "${arguments[@]}" || status=$?
 echo "tests/run.sh: set-up $set_up s, tests $((SECONDS - set_up)) s"
 exit $status

@@ -91,7 +91,7 @@ def test_every_dependency_has_a_pin_within_its_range():
 def test_an_unknown_flag_is_refused_before_anything_is_set_up():
     ran = subprocess.run(["bash", ROOT / "tests/run.sh", "--slwo"], capture_output=True, text=True)
     assert ran.returncode == 2
-    assert ran.stderr == "tests/run.sh: unknown flag --slwo; there is: --slow --cluster\n"
+    assert ran.stderr == "tests/run.sh: unknown flag --slwo; there is: --slow --cluster --browser\n"
 
 
 def script_paths(tmp_path: Path, *tools: str) -> str:
