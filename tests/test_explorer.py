@@ -30,6 +30,8 @@ from krrst_dist.explorer.server import hosts_of
 from krrst_dist.provenance import Revision
 from krrst_dist.results import ResultStore, paper_tables, to_csv
 
+TITLE = "Table 1: finetune, source cifar100, 32 px, convnet-128-256-512, accuracy [%]"
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Iterator[Site]:
@@ -75,6 +77,7 @@ def test_a_place_of_the_table_leads_to_its_trials_and_their_curves(site):
     page = site.page(address)
     assert len(cells_of(page)) == 3 and page.count('class="chart"') == 1
     assert all("accuracy 0.6" in " ".join(values) for values in cells_of(page).values())
+    assert len(cells_of(site.page(links(site.page("/", distillation_seed="2"), "64.00")[0]))) == 1
     address = links(page, "")[links(page, "").index("/trials") + 1:]
     one = next(each for each in address if each.startswith("/trial/"))
     trial = site.page(one)
@@ -106,7 +109,7 @@ def test_methods_are_compared_by_bars_points_and_welchs_test(site):
     assert page.count('class="chart"') == 4  # bars, a scatter a target, settings
     p = ttest_ind([60, 62, 64], [50, 51, 52], equal_var=False).pvalue
     assert f"<td>KRR-ST</td><td>Random</td><td>11</td><td>{p:.3g}</td>" in page
-    drawn = site.get("/download/bars.svg")
+    drawn = site.get("/download/bars.svg", table=TITLE)
     assert drawn.count(b"-->") == drawn.count(b"<!--") and b"<script" not in re.sub(b"<!--.*?-->", b"", drawn, flags=re.S)
     fewer = site.get("/compare?method_=Random&method_=DM").decode()
     assert "There is nothing to test." in fewer
@@ -153,7 +156,8 @@ def test_downloads_are_the_tables_and_the_set_and_read_back(site):
     table = parquet.decode(site.get("/download/results.parquet", target="cifar10"))
     assert set(table["target"].to_pylist()) == {"cifar10"} and table.schema.equals(store.read().schema)
     assert site.get("/download/results.tex").startswith(b"\\begin{table}") and site.get("/download/results.md").startswith(b"### Table 1")
-    assert Image.open(io.BytesIO(site.get("/download/bars.png"))).width > 300 and b"<svg" in site.get("/download/bars.svg")
+    assert Image.open(io.BytesIO(site.get("/download/bars.png", table=TITLE))).width > 300
+    assert b"<svg" in site.get("/download/bars.svg", table=TITLE)
     with zipfile.ZipFile(io.BytesIO(site.get("/download/set.zip", name="dm-1/seed-0"))) as file:
         assert len(file.namelist()) == 151 and json.loads(file.read("labels.json"))["y_syn"] == distilled(150).y_syn.tolist()
     copy = site.folder / "copy.safetensors"

@@ -30,9 +30,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Shown:
-    """A table as it is shown. number: its place in the list, by which other pages name it."""
+    """A table as it is shown. title: also its name in the addresses of other pages."""
 
-    number: int
     title: str
     columns: Sequence[str]
     rows: Sequence[tuple[str, Sequence[Place]]]
@@ -70,19 +69,24 @@ def tables(runs: Sequence[Run], query: Query) -> list[PaperTable]:
 
 def shown(found: Sequence[PaperTable]) -> list[Shown]:
     """As people see them."""
-    return [_shown(number, table) for number, table in enumerate(found)]
+    return [_shown(table) for table in found]
 
 
-def _shown(number: int, table: PaperTable) -> Shown:
+def named(found: Sequence[PaperTable], title: str) -> PaperTable | None:
+    """The table of that title."""
+    return next((table for table in found if render.title(table) == title), None)
+
+
+def _shown(table: PaperTable) -> Shown:
     best = {column: table.best(column) for column in table.columns}
-    rows = [(method, [_place(number, table, method, column, method in best[column]) for column in table.columns])
+    rows = [(method, [_place(table, method, column, method in best[column]) for column in table.columns])
             for method in table.methods]
-    return Shown(number, render.title(table), table.columns, rows, render.notes(table), table)
+    return Shown(render.title(table), table.columns, rows, render.notes(table), table)
 
 
-def _place(number: int, table: PaperTable, method: str, column: str, best: bool) -> Place:
+def _place(table: PaperTable, method: str, column: str, best: bool) -> Place:
     return Place(render.place(table, method, column), table.entry(method, column).state, best, render.advantage(table, method, column),
-                 {"table": str(number), "row": method, "column": column})
+                 {"table": render.title(table), "row": method, "column": column})
 
 
 def _by_number(text: str) -> tuple[Any, ...]:

@@ -111,10 +111,10 @@ def show_compare(request: Request) -> Answer:
     runs, found = request.library.runs, overview.shown(overview.tables(request.library.runs, request.query))
     if not found:
         return request.page("compare.html", "/compare", "Compare", tables=[])
-    one = found[_number(request)] if _number(request) < len(found) else found[0]
+    one = next((each for each in found if each.title == request.query.get("table")), found[0])
     chosen = compare.methods(one.table, request.methods)
-    drawn = compare.settings(runs, request.query, one.table, one.number)
-    query = request.query | {"table": str(one.number)}
+    drawn = compare.settings(runs, request.query, one.table)
+    query = request.query | {"table": one.title}
     return request.page(
         "compare.html", "/compare", "Compare", tables=found, one=one, chosen=chosen, welch=compare.tests(one.table, chosen),
         bars=pages.picture(compare.bars(one.table, chosen), f"bars: {one.title}; the numbers are on the overview"),
@@ -267,14 +267,8 @@ def _learning_curves(curves: list[tuple[str, list[tuple[float, float]]]]) -> Any
     return pages.picture(charts.lines("learning curves", curves, "step", "training loss"), said) if curves else None
 
 
-def _number(request: Request) -> int:
-    text = request.query.get("table", "")
-    return int(text) if text.isdigit() and len(text) < 6 else 0
-
-
 def _table(request: Request) -> PaperTable | None:
-    found = overview.tables(request.library.runs, request.query)
-    return found[_number(request)] if _number(request) < len(found) else None
+    return overview.named(overview.tables(request.library.runs, request.query), request.query.get("table", ""))
 
 
 def _page(request: Request, pages_there: int) -> int:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from krrst_dist.config import flatten
 from krrst_dist.explorer.library import Library, Trial
-from krrst_dist.explorer.overview import Query, tables
+from krrst_dist.explorer.overview import Query, chosen, named, tables
 from krrst_dist.results import layout
 from krrst_dist.results.tables import PaperTable, Run
 
@@ -38,12 +38,12 @@ class Attempt:
 
 def at_place(runs: Sequence[Run], query: Query) -> tuple[PaperTable | None, set[str]]:
     """The table and the cells that a place of it stands for (`overview.Place.query`); (None, set()) where there is no such place."""
-    found, number = tables(runs, query), query.get("table", "")
-    if not number.isdigit() or int(number) >= len(found):
+    left = chosen(runs, query)
+    table, method, column = named(tables(left, query), query.get("table", "")), query.get("row", ""), query.get("column", "")
+    if table is None:
         return None, set()
-    table, method, column = found[int(number)], query.get("row", ""), query.get("column", "")
     across = layout.across(table.subject.task)
-    return table, {run.about["cell"] for run in runs if run.about["method"] == method and run.about[across] == column
+    return table, {run.about["cell"] for run in left if run.about["method"] == method and run.about[across] == column
                    and _fits(run, table)}
 
 
