@@ -93,6 +93,9 @@ class Site:
         assert "<script>alert" not in text and '"y"' not in text
         return text
 
-    def close(self) -> None:
+    def __enter__(self) -> Site:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.process.terminate()
         self.process.wait(timeout=30)

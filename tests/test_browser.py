@@ -21,11 +21,9 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("grid")
-    fill(folder)
-    site = Site(folder)
-    yield site
-    site.close()
+    fill(folder := tmp_path_factory.mktemp("grid"))
+    with Site(folder) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

@@ -35,11 +35,9 @@ TITLE = "Table 1: finetune, source cifar100, 32 px, convnet-128-256-512, accurac
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("grid")
-    fill(folder)
-    site = Site(folder)
-    yield site
-    site.close()
+    fill(folder := tmp_path_factory.mktemp("grid"))
+    with Site(folder) as running:
+        yield running
 
 
 def cells_of(page: str) -> dict[str, list[str]]:
@@ -204,29 +202,25 @@ def test_a_port_that_is_taken_is_one_sentence(site, capsys):
 def test_what_is_added_merged_damaged_or_deleted_while_it_is_open(tmp_path):
     store = ResultStore(tmp_path / "results", Revision("a" * 40, False))
     store.write(cell("Random", "cifar10", 0), outcome(0.5))
-    site = Site(tmp_path)
-
-    def soon(text: str) -> None:
+    def soon(site: Site, text: str) -> None:
         deadline = time.monotonic() + 60
         while text not in site.page("/"):
             assert time.monotonic() < deadline, site.page("/")
             time.sleep(0.5)
 
-    try:
-        soon("50.00")
+    with Site(tmp_path) as site:
+        soon(site, "50.00")
         store.write(cell("KRR-ST", "cifar10", 0), outcome(0.75))
-        soon("75.00")
+        soon(site, "75.00")
         store.merge()
         store.write(cell("DM", "cifar10", 0), outcome(0.625))
-        soon("62.50")
+        soon(site, "62.50")
         (tmp_path / "results" / "foreign.parquet").write_bytes(b"PAR1 no")
-        soon("foreign.parquet is truncated, damaged or no Parquet file")
+        soon(site, "foreign.parquet is truncated, damaged or no Parquet file")
         assert "75.00" in site.page("/")
         for path in (tmp_path / "results").iterdir():
             path.unlink()
-        soon("There are no results yet")
-    finally:
-        site.close()
+        soon(site, "There are no results yet")
 
 
 def test_a_place_with_nothing_in_it_is_refused(tmp_path, capsys):

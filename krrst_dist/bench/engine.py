@@ -18,7 +18,6 @@ from krrst_dist.bench import measure
 from krrst_dist.bench.cost import Overhead
 from krrst_dist.bench.overhead import WAYS, Measured, measure_overhead, report
 from krrst_dist.bench.problem import Problem
-from krrst_dist.config import ConfigError
 from krrst_dist.on_ray import cluster
 from krrst_dist.on_ray.group import WorkerGroup
 from krrst_dist.on_ray.sliced import Layout
@@ -65,9 +64,7 @@ def bench_engine(*, preset: str = "cifar100", rounds: int = 5, threads: int | No
         actors: numbers of actors of the updates that compute nothing.
         sizes: presets of whose sizes they are.
     """
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ConfigError(f"device = {device!r}: torch sees no CUDA device here; take device = 'cpu'")
-    torch.backends.cudnn.allow_tf32 = False
+    measure.ready(device)
     threads, before, on_cpu = threads or torch.get_num_threads(), torch.get_num_threads(), device == "cpu"
     given = {name: value for name, value in {"distill.m": m, "distill.batch": batch}.items() if value is not None}
     one, two = (Problem(load_preset(preset, **given, **{"distill.shards": shards, "engine.precision": precision}), device)

@@ -19,8 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from krrst_dist import provenance
+from krrst_dist.config import ConfigError
 
 Step = Callable[[], object]
+
+
+def ready(device: str) -> None:
+    """Make sure that the device is there; convolutions on it are float32 unless a step's own precision says otherwise, as in the engine.
+
+    Raises ConfigError.
+    """
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(f"device = {device!r}: torch sees no CUDA device here; take device = 'cpu'")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def seconds(step: Step, device: str = "cpu") -> float:

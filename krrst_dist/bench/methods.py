@@ -138,6 +138,7 @@ def bench_methods(*, preset: str = "cifar100-cpu", methods: tuple[str, ...] = ME
         threads: CPU threads.
         device: cpu, cuda, cuda:1, ...
     """
+    measure.ready(device)
     builds = {name: partial(outer_step, _settings(preset, name, m), classes, of_class, device) for name in methods}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

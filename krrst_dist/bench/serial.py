@@ -82,9 +82,7 @@ def bench_serial(*, out: Path, preset: str = "cifar100", data: Path = Path("data
         finetune_steps: of a network on a labelled target, instead of the published ones; 0 leaves fine-tuning out.
         seed: of the distillation and of the evaluation.
     """
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ConfigError(f"device = {device!r}: torch sees no CUDA device here; take device = 'cpu'")
-    torch.backends.cudnn.allow_tf32 = False
+    measure.ready(device)
     config = _settings(preset, seed, {"engine.precision": precision, "target.steps": target_steps, "target.batch": target_batch,
                                       "distill.updates": updates, "evaluate.pretrain.steps": pretrain_steps})
     _claim(out, config)

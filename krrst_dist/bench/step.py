@@ -48,8 +48,7 @@ def bench_step(*, preset: str = "cifar100", rounds: int = 5, threads: int | None
         chunk_size: for the row with bounded memory.
         memory: measure peak memory too (on a CPU in fresh processes: a few more steps each).
     """
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ConfigError(f"device = {device!r}: torch sees no CUDA device here; take device = 'cpu'")
+    measure.ready(device)
     if rounds < 1:
         raise ConfigError(f"rounds = {rounds}: at least one pair is timed; take rounds = 5")
     given = {"distill.m": m, "distill.batch": batch, "engine.precision": precision, "distill.shards": 1}

@@ -33,6 +33,7 @@ def bench_update(*, preset: str = "imagenet64", updates: int = 1, threads: int |
     """
     threads, before = threads or torch.get_num_threads(), torch.get_num_threads()
     given = {"distill.shards": 1} | ({"distill.chunk_size": chunk_size} if chunk_size else {})
+    measure.ready(device)
     problem = Problem(load_preset(preset, **given), device)
     torch.set_num_threads(threads)
     try:

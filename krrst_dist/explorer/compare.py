@@ -11,7 +11,7 @@ import numpy as np
 from krrst_dist.config import flatten
 from krrst_dist.explorer import charts
 from krrst_dist.explorer.charts import Format
-from krrst_dist.explorer.trials import at_place
+from krrst_dist.explorer.trials import in_column
 from krrst_dist.results import render
 from krrst_dist.results.tables import PaperTable, Run
 
@@ -75,13 +75,11 @@ def tests(table: PaperTable, chosen: Sequence[str]) -> list[Welch]:
     return found
 
 
-def settings(runs: Sequence[Run], query: dict[str, str], table: PaperTable, format: Format = "svg") -> bytes | None:
+def settings(runs: Sequence[Run], table: PaperTable, format: Format = "svg") -> bytes | None:
     """Parallel coordinates of the runs of a table's first column that have a number: the settings of their sets and recipes in which they
     differ, then the number. None where they differ in none."""
-    cells = set()
-    for method in table.methods:
-        cells |= at_place(runs, query | {"table": render.title(table), "row": method, "column": table.columns[0]})[1]
-    there = [run for run in runs if run.about["cell"] in cells and run.values.get(table.metric) is not None and run.about["status"] == "ok"]
+    there = [run for run in in_column(runs, table, table.columns[0])
+             if run.values.get(table.metric) is not None and run.about["status"] == "ok"]
     given = [flatten({"set": json.loads(run.about["distillation"]), "recipe": json.loads(run.about["hyperparameters"])}) |
              {"method": run.about["method"]} for run in there]
     names = sorted({name for each in given for name in each})

@@ -108,12 +108,13 @@ def show_trial(request: Request) -> Answer:
 
 def show_compare(request: Request) -> Answer:
     """Methods side by side."""
-    runs, found = request.library.runs, overview.shown(overview.tables(request.library.runs, request.query))
+    runs = overview.chosen(request.library.runs, request.query)
+    found = overview.shown(overview.tables(runs, request.query))
     if not found:
         return request.page("compare.html", "/compare", "Compare", tables=[])
     one = next((each for each in found if each.title == request.query.get("table")), found[0])
     chosen = compare.methods(one.table, request.methods)
-    drawn = compare.settings(runs, request.query, one.table)
+    drawn = compare.settings(runs, one.table)
     query = request.query | {"table": one.title}
     return request.page(
         "compare.html", "/compare", "Compare", tables=found, one=one, chosen=chosen, welch=compare.tests(one.table, chosen),

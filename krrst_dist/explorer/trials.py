@@ -42,9 +42,13 @@ def at_place(runs: Sequence[Run], query: Query) -> tuple[PaperTable | None, set[
     table, method, column = named(tables(left, query), query.get("table", "")), query.get("row", ""), query.get("column", "")
     if table is None:
         return None, set()
+    return table, {run.about["cell"] for run in in_column(left, table, column) if run.about["method"] == method}
+
+
+def in_column(runs: Sequence[Run], table: PaperTable, column: str) -> list[Run]:
+    """The runs that stand in a column of a table."""
     across = layout.across(table.subject.task)
-    return table, {run.about["cell"] for run in left if run.about["method"] == method and run.about[across] == column
-                   and _fits(run, table)}
+    return [run for run in runs if run.about[across] == column and _fits(run, table)]
 
 
 def _fits(run: Run, table: PaperTable) -> bool:

@@ -86,11 +86,13 @@ class ResultStore:
         A listing is not of one moment: it can miss both a file that goes and the one that takes its place. So two
         listings that follow each other have to agree, and all that they name has to have been read.
         """
-        before = self._names() if known else None
-        found: dict[str, pa.Table | None] = {name: known[name] for name in before or () if name in known}
-        if before is not None and len(found) == len(before):
-            return found
-        before = None
+        found: dict[str, pa.Table | None] = {}
+        if known:
+            names = self._names()
+            if set(names) == set(known):
+                return dict(known)
+            found = {name: known[name] for name in names if name in known}
+        before: list[str] | None = None
         with ThreadPoolExecutor(THREADS) as pool:
             while (names := self._names()) != before:
                 new = [name for name in names if name not in found]
