@@ -31,6 +31,7 @@ USAGE = """krrst: self-supervised dataset distillation (KRR-ST)
   krrst results     a results store: show, merge, export
   krrst explore     the same in a browser, with trials, charts and the distilled images; also while a grid runs
   krrst show        a distilled set's images and losses as PNG
+  krrst features    where sets lie in the target's feature space, and the nearest real images, for the explorer
   krrst theorem1    the paper's Theorem 1 as an experiment
   krrst export      write a distilled set as PNG folder, Parquet or .pt
   krrst import      make a distilled set of the authors' x_syn.pt and y_syn.pt
@@ -221,6 +222,12 @@ def _show(arguments: list[str]) -> int | None:
     return commands.show_main(arguments)
 
 
+def _features(arguments: list[str]) -> int | None:
+    from krrst_dist.on_ray import features
+
+    return features.main(arguments)
+
+
 def _theorem1(arguments: list[str]) -> int | None:
     from krrst_dist.evaluation import theorem1
 
@@ -268,7 +275,7 @@ def _flagged(arguments: list[str], *flags: str) -> list[str]:
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     **{name: _stage(name) for name in ("prepare", "target", "distill", "evaluate")},
     "grid": _grid, "submit": _submit, "status": _status, "report": _report, "results": _results, "theorem1": _theorem1,
-    "explore": _explore, "show": _show,
+    "explore": _explore, "show": _show, "features": _features,
     "export": _export, "import": _import, "bench": _bench, "plan": _plan, "doctor": _doctor,
 }
 

@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from krrst_dist import networks, parquet, storage
 from krrst_dist.artifacts import ArtifactError, DistilledSet, Space
 from krrst_dist.config import ConfigError
 from krrst_dist.data import sources
 from krrst_dist.presets_and_grids import load_preset
+from krrst_dist.sheets import to_pixels, to_png
 
 ABOUT = "about.json"
 RELEASED = "cifar100-released"  # what the authors published files of
@@ -83,8 +83,8 @@ def _of_preset(x_syn: str, y_syn: str, preset: str) -> DistilledSet:
 
 def to_png_folder(distilled: DistilledSet, folder: str | Path) -> None:
     """One PNG an image (clipped to 8 bit) with `x_syn.npy`, `y_syn.npy` (exact) and `about.json` beside them."""
-    for i, picture in enumerate(pictures(distilled)):
-        storage.write_whole(storage.join(folder, f"{i:05d}.png"), _png(picture))
+    for i, picture in enumerate(to_pixels(distilled.x_syn, distilled.space)):
+        storage.write_whole(storage.join(folder, f"{i:05d}.png"), to_png(picture))
     for name, array in (("x_syn", distilled.x_syn), ("y_syn", distilled.y_syn)):
         buffer = io.BytesIO()
         np.save(buffer, array, allow_pickle=False)
@@ -95,7 +95,7 @@ def to_png_folder(distilled: DistilledSet, folder: str | Path) -> None:
 def to_parquet(distilled: DistilledSet, uri: str | Path) -> None:
     """One row an image: `image: {bytes (PNG), path}`, `x_syn` (exact, flattened), `y_syn`; the schema's metadata has the rest."""
     m = len(distilled.x_syn)
-    images = [{"bytes": _png(picture), "path": f"{i:05d}.png"} for i, picture in enumerate(pictures(distilled))]
+    images = [{"bytes": to_png(picture), "path": f"{i:05d}.png"} for i, picture in enumerate(to_pixels(distilled.x_syn, distilled.space))]
     table = pa.table({"image": images, "x_syn": list(distilled.x_syn.reshape(m, -1)), "y_syn": list(distilled.y_syn)})
     about = _about(distilled) | {"shape": list(distilled.x_syn.shape)}
     storage.write_whole(uri, parquet.encode(table.replace_schema_metadata({"krrst_dist": json.dumps(about)})))
@@ -157,12 +157,6 @@ def from_exported(x_path: str | Path, y_path: str | Path) -> DistilledSet:
     return distilled
 
 
-def pictures(distilled: DistilledSet) -> np.ndarray:
-    """The images as people see them: de-normalised, clipped, uint8 [m, H, W, C]."""
-    pixels = np.clip(distilled.space.to_pixels(distilled.x_syn), 0, 1)
-    return np.round(pixels * 255).astype(np.uint8).transpose(0, 2, 3, 1)
-
-
 def _load_pt(path: str | Path) -> np.ndarray:
     """The one tensor of a file: whole numbers as they are, others as float32."""
     import torch
@@ -189,12 +183,6 @@ def _beside(x_path: str | Path) -> str | None:
 
 def _imported(x_path: str | Path, y_path: str | Path) -> dict[str, Any]:
     return {"imported_from": [str(x_path), str(y_path)]}
-
-
-def _png(picture: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture.squeeze()).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _about(distilled: DistilledSet) -> dict[str, Any]:

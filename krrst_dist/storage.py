@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -109,6 +110,14 @@ def size(uri: str | Path) -> int | None:
         system, name = _open(uri)
         info = system.get_file_info(name)
     return None if info.type == fs.FileType.NotFound else info.size or 0
+
+
+def changed(uri: str | Path) -> tuple[int, datetime] | None:
+    """A file's size and when it was last written (UTC), which tell two versions of it apart; None when it is not there."""
+    with _explained("look at", uri):
+        system, name = _open(uri)
+        info = system.get_file_info(name)
+    return None if info.type == fs.FileType.NotFound else (info.size or 0, datetime.fromtimestamp((info.mtime_ns or 0) / 1e9, UTC))
 
 
 def list_names(uri: str | Path) -> list[str]:

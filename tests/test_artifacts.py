@@ -26,6 +26,7 @@ import krrst_dist
 from krrst_dist import cli, exports, storage
 from krrst_dist.artifacts import ArtifactError, DistilledSet, Space
 from krrst_dist.data import sources
+from krrst_dist.sheets import to_pixels
 from krrst_dist.storage import StorageError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -205,7 +206,7 @@ def test_a_parquet_table_holds_a_row_an_image_with_the_exact_values(place):
     rows = table.to_pylist()
     assert np.array_equal(np.array([row["x_syn"] for row in rows], np.float32).reshape(about["shape"]), saved.x_syn)
     assert np.array_equal(np.array([row["y_syn"] for row in rows], np.float32), saved.y_syn)
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(rows[1]["image"]["bytes"]))), exports.pictures(saved)[1])
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(rows[1]["image"]["bytes"]))), to_pixels(saved.x_syn, saved.space)[1])
     assert about["recipe"] == RECIPE and about["label_kind"] == "features"
 
 

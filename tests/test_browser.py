@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
-from explorer_site import HOSTILE, Site, fill
+from explorer_site import HOSTILE, Site, fill, run_grid
 
 from krrst_dist import parquet
 from krrst_dist.results import ResultStore
@@ -23,6 +23,12 @@ pytestmark = pytest.mark.browser
 def site(tmp_path_factory) -> Iterator[Site]:
     fill(folder := tmp_path_factory.mktemp("grid"))
     with Site(folder) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> Iterator[Site]:
+    with Site(run_grid(tmp_path_factory.mktemp("real"))) as running:
         yield running
 
 
@@ -76,6 +82,80 @@ def luminance(colour: str) -> float:
     channels = [int(value) / 255 for value in colour[colour.index("(") + 1:-1].split(",")[:3]]
     linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
     return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("address", ["/", "/trials", "/compare", "/sets"])
+def test_every_page_opens_on_a_real_grid(page, real, address):
+    page.goto(real.address + address)
+    assert page.locator("h1").is_visible() and page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.get_by_role("alert").count() == 0
+    images = page.locator("img").all()
+    assert len(images) >= {"/compare": 2}.get(address, 0)
+    for image in images:
+        image.scroll_into_view_if_needed()
+        assert image.evaluate("image => image.decode().then(() => image.naturalWidth > 0)")
+
+
+def test_a_real_grids_cell_leads_to_its_trials_with_their_curves_and_logs(page, real):
+    page.goto(real.address)
+    assert page.locator("section", has_text="Table").or_(page.locator("section", has_text="finetune")).first.is_visible()
+    page.locator("section", has_text="finetune").first.locator("tr", has_text="KRR-ST").get_by_role("link").first.click()
+    assert page.locator("tbody tr").count() == 2 and page.locator("img.chart").is_visible()
+    page.locator("tbody tr").first.get_by_role("link").click()
+    said = page.locator("main").inner_text()
+    assert "INFO done" in said and "process" in said and page.locator("img.chart").is_visible()
+
+
+def test_a_real_set_is_followed_from_its_start_to_its_end(page, real):
+    page.goto(f"{real.address}/sets")
+    page.get_by_role("link", name="seed-0").last.click()
+    slider = page.get_by_label("along the way")
+    assert slider.get_attribute("max") == "21" and page.locator(".pictures figure").count() == 20
+    slider.fill("0")
+    first = page.locator(".pictures img.now").first
+    assert "which=step-00000000" in first.get_attribute("src") and page.get_by_text("update 0", exact=True).is_visible()
+    slider.press("ArrowRight")
+    assert "which=step-00000002" in first.get_attribute("src")
+    page.get_by_label("beside the nearest real image").check()
+    page.get_by_role("button", name="Show").click()
+    page.wait_for_url("**nearest=1**")
+    assert page.get_by_alt_text("the real image nearest to image 0", exact=True).is_visible()
+    assert "digits-0-4" in page.locator("figcaption").first.inner_text()
+
+
+def test_the_feature_space_shows_the_image_under_the_pointer_and_by_the_arrow_keys(page, real):
+    page.goto(f"{real.address}/sets")
+    page.get_by_role("link", name="seed-0").last.click()
+    cloud, seen = page.locator(".cloud canvas"), page.locator(".cloud figure")
+    page.locator(".kinds label").nth(2).wait_for()
+    assert page.locator(".kinds label").all_inner_texts() == ["targets of real images", "Y_s", "features of X_s"]
+    cloud.focus()
+    page.keyboard.press("ArrowRight")
+    assert "real image" in seen.inner_text() and seen.locator("img").is_visible()
+    shown = seen.inner_text()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert seen.inner_text() != shown
+    page.get_by_label("targets of real images").uncheck()
+    page.get_by_label("Y_s").uncheck()
+    cloud.scroll_into_view_if_needed()
+    box = cloud.bounding_box()
+    for step in range(40):  # a sweep over the middle, which comes near some image
+        page.mouse.move(box["x"] + box["width"] * (step + 1) / 41, box["y"] + box["height"] * (0.3 + 0.4 * (step % 2)))
+    assert "nearest real image" in seen.inner_text()
+    assert seen.locator("img").evaluate("image => image.decode().then(() => image.naturalWidth)") == 16
+
+
+def test_a_list_walked_through_by_keyboard_is_sent_when_it_is_left(page):
+    page.goto("/")
+    target = page.get_by_label("target")
+    target.focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    assert target.input_value() == "cifar100" and "target=" not in page.url
+    page.keyboard.press("Tab")
+    page.wait_for_url("**target=cifar100**")
 
 
 def test_a_filter_changes_the_table_as_soon_as_it_is_chosen(page):
@@ -140,7 +220,7 @@ def test_what_ray_tune_does_is_followed_without_loading_the_page_again(page, sit
     page.goto("/trials")
     page.evaluate("window.kept = true")
     name = f"trial-new-{id(page)}"
-    (site.folder / "tune" / "cells-1" / name).mkdir()
-    before = len([each for each in (site.folder / "tune" / "cells-1").iterdir() if not (each / "error.txt").exists()]) - 2
+    (site.folder / "tune" / "cells-2-1" / name).mkdir()
+    before = len([each for each in (site.folder / "tune" / "cells-2-1").iterdir() if not (each / "error.txt").exists()]) - 2
     page.get_by_text(f"{before} open").wait_for()
     assert page.evaluate("window.kept")

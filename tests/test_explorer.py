@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
 import http.client
 import io
@@ -9,14 +10,18 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from explorer_site import HOSTILE, SPACE, Site, cell, distilled, fill, outcome
+import torch
+from aiohttp.test_utils import TestClient, TestServer
+from explorer_site import HOSTILE, SPACE, Site, cell, distilled, feature_map, fill, outcome
 from PIL import Image
 from scipy.stats import ttest_ind
 
@@ -25,10 +30,13 @@ from krrst_dist import parquet
 from krrst_dist.artifacts import DistilledSet
 from krrst_dist.cli import main
 from krrst_dist.explorer import library as library_module
+from krrst_dist.explorer import server
 from krrst_dist.explorer.library import Library
 from krrst_dist.explorer.server import hosts_of
+from krrst_dist.feature_map import FILE
 from krrst_dist.provenance import Revision
 from krrst_dist.results import ResultStore, paper_tables, to_csv
+from krrst_dist.results.store import Follower
 
 TITLE = "Table 1: finetune, source cifar100, 32 px, convnet-128-256-512, accuracy [%]"
 
@@ -80,7 +88,7 @@ def test_a_place_of_the_table_leads_to_its_trials_and_their_curves(site):
     one = next(each for each in address if each.startswith("/trial/"))
     trial = site.page(one)
     assert "a CPU; 2.5 s; 100 steps; 1000 test" in " ".join(trial.split()) and "<dt>set distill.m</dt><dd>40</dd>" in trial
-    assert trial.count('class="chart"') == 1
+    assert trial.count('class="chart"') == 1 and "INFO trial " in trial
 
 
 def test_a_failed_trial_shows_its_error_and_its_traceback_as_text(site):
@@ -98,7 +106,10 @@ def test_attempts_that_differ_in_a_setting_have_it_in_a_column(site):
 
 def test_the_state_of_ray_tune_is_refreshed_without_the_page(site):
     part = site.page("/experiments")
-    assert "1 open" in part and "2 done" in part and "1 failed" in part and "<html" not in part
+    assert all(count in part for count in ("1 running", "1 pending", "2 done", "1 failed", "1 done"))
+    assert "<html" not in part and "etc" not in part
+    assert part.index("cells-2") < part.index("networks-1"), "the newest first"
+    assert "trial-0 running: step 29, loss 0.03448" in part and "INFO trial 0" in part and "as Ray Tune wrote at 20" in part
     assert 'data-live="/experiments"' in site.page("/trials")
 
 
@@ -118,7 +129,7 @@ def test_a_set_is_shown_page_by_page_with_its_labels_and_losses(site):
     first, last = site.page(place), site.page(place + "&page=2")
     assert first.count('which=distilled') == 60 and last.count("which=distilled") == 30 and "1 of 3" in first
     assert "which=start" not in first and site.page(place + "&start=1").count("which=start") == 60
-    assert "cat</figcaption>" in first and first.count('class="chart"') == 1 and "<dt>fingerprint</dt>" in first
+    assert "cat</figcaption>" in first and first.count('class="chart"') == 3 and "<dt>fingerprint</dt>" in first
     assert 'width="160"' in site.page(place + "&zoom=160")
 
 
@@ -130,10 +141,128 @@ def test_an_image_is_the_sets_own_pixels(site):
         assert "there is no such image." in site.page("/image.png", status=404, name="dm-1/seed-0", index=index)
 
 
+def test_the_images_along_the_way_are_those_of_their_moment(site):
+    place = links(site.page("/sets"), "dm-1/seed-0")[0]
+    page = site.page(place + "&at=1")
+    assert "<output>update 40</output>" in page and page.count("which=step-00000040") == 60 and 'max="3"' in page
+    assert "<output>as distilled</output>" in site.page(place) and "<output>update 0</output>" in site.page(place + "&at=0")
+    image = np.asarray(Image.open(io.BytesIO(site.get("/image.png", name="dm-1/seed-0", which="step-00000040", index="149"))))
+    assert image[0, 0, 0] == 149 and (image[1:] == 40).all()
+    for which in ("step-00000041", "step-../../x", "names", HOSTILE):
+        assert "there is no such image." in site.page("/image.png", status=404, name="dm-1/seed-0", which=which, index="0")
+
+
+def test_a_run_that_goes_on_shows_what_it_has_so_far(site):
+    page = site.page("/set", name="dm-1/seed-3")
+    assert "This run has not ended" in page and page.count("which=step-00000000") == 7 and "/download/set.zip" not in page
+
+
+def test_each_image_can_stand_beside_the_real_one_that_is_nearest(site):
+    page = site.page("/set", name="dm-1/seed-0", nearest="1")
+    assert page.count("which=nearest") == 60 and "2059<br>distance 1.4" in page
+    image = np.asarray(Image.open(io.BytesIO(site.get("/image.png", name="dm-1/seed-0", which="nearest", index="59"))))
+    assert image[0, 0, 0] == 59 and (image[1:] == 200).all()
+
+
+def test_the_feature_space_is_given_as_points_and_as_a_chart(site):
+    told = json.loads(site.get("/points.json", name="dm-1/seed-0"))
+    assert len(told["points"]) == 180 and told["points"][0] == [0, 0, 0, 0] and told["points"][-1] == [1, 1, 2, 149]
+    assert told["real"][3] == 1003 and told["nearest"][149] == 2149 and told["labels"][11] == 1
+    assert site.get("/download/features.png", name="dm-1/seed-0").startswith(b"\x89PNG")
+    assert "there is no feature map of that run." in site.page("/points.json", status=404, name="dm-1/seed-3")
+
+
+def test_a_feature_map_of_another_set_is_not_shown(tmp_path):
+    run = tmp_path / "seed-0"
+    distilled(150, seed=1).save(run / "distilled.safetensors")
+    feature_map(150).save(run / FILE)
+    (tmp_path / "seed-1").mkdir()
+    distilled(20).save(tmp_path / "seed-1" / "distilled.safetensors")
+    (tmp_path / "seed-1" / FILE).write_bytes((run / FILE).read_bytes()[:500])
+    with Site(tmp_path) as site:
+        page = site.page("/set", name="seed-0")
+        assert "The feature map belongs to another set" in page and "data-points" not in page
+        page = site.page("/set", name="seed-1")
+        assert "truncated" in page and page.count("which=distilled") == 20 and "krrst features" in page
+
+
+def test_pt_files_are_written_by_another_process(site):
+    with zipfile.ZipFile(io.BytesIO(site.get("/download/set-pt.zip", name="dm-1/seed-0"))) as found:
+        assert found.namelist() == ["about.json", "x_syn.pt", "y_syn.pt"]
+        x = torch.load(io.BytesIO(found.read("x_syn.pt")), weights_only=True)
+    assert np.array_equal(x.numpy(), distilled(150).x_syn)
+    assert "no .pt files could be written" in site.page("/download/set-pt.zip", status=422, name="dm-1/seed-1")
+
+
 @pytest.mark.parametrize(("name", "sentence"), [("dm-1/seed-1", "truncated or no safetensors file"),
                                                 ("dm-1/seed-2", "This run has not ended")])
 def test_a_set_that_cannot_be_shown_is_said_to_be_so(site, name, sentence):
     assert sentence in site.page("/set", name=name)
+
+
+def test_an_error_of_ours_is_a_sentence_too(tmp_path, monkeypatch):
+    monkeypatch.setitem(server.PAGES, "/sets", lambda request: 1 / 0)
+    fill(tmp_path)
+
+    async def ask() -> tuple[int, str]:
+        async with TestClient(TestServer(server.application(Library(str(tmp_path)), hosts=None))) as client:
+            answer = await client.get("/sets")
+            assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+            return answer.status, await answer.text()
+
+    status, page = asyncio.run(ask())
+    assert status == 500 and "ZeroDivisionError: division by zero; its traceback is on" in page
+
+
+def test_what_takes_long_to_read_is_read_while_the_old_is_shown(tmp_path, monkeypatch):
+    """And what is worked out of it is kept until there is something new."""
+    store = ResultStore(tmp_path / "results", Revision("c0ffee", False))
+    store.write(cell("Random", "cifar10", 0), outcome(0.5))
+    library, made = Library(str(tmp_path)), []
+    library.refresh()
+
+    def count(runs: list) -> int:
+        made.append(len(runs))
+        return len(runs)
+
+    assert [library.once("count", count), library.once("count", count), made] == [1, 1, [1]]
+    go_on, refresh = threading.Event(), Follower.refresh
+    monkeypatch.setattr(library_module, "SECONDS", 0)
+    monkeypatch.setattr(Follower, "refresh", lambda self: go_on.wait(60) and refresh(self))
+    store.write(cell("DM", "cifar10", 0), outcome(0.6))
+    started = time.monotonic()
+    library.refresh()
+    assert time.monotonic() - started < 30 and library.once("count", count) == 1 and made == [1]
+    go_on.set()
+    while library.once("count", count) == 1:
+        assert time.monotonic() - started < 60
+        library.refresh()
+    assert made == [1, 2]
+
+
+def test_whatever_goes_wrong_in_reading_is_told_and_mended_by_the_next_look(tmp_path, monkeypatch):
+    ResultStore(tmp_path / "results", Revision("c0ffee", False)).write(cell("Random", "cifar10", 0), outcome(0.5))
+    library = Library(str(tmp_path))
+    with monkeypatch.context() as broken:
+        broken.setattr(library_module, "runs", lambda table: [][0])
+        library.refresh()
+    assert "the results cannot be read (IndexError: list index out of range)" in library.problem and library.runs == []
+    monkeypatch.setattr(library_module, "SECONDS", 0)
+    library.refresh()
+    while library.problem:
+        time.sleep(0.01)
+        library.refresh()
+    assert len(library.runs) == 1
+
+
+def test_tables_of_a_large_store_come_page_by_page(tmp_path):
+    store = ResultStore(tmp_path / "results", Revision("c0ffee", False))
+    for i in range(15):
+        store.write(replace(cell("Random", "cifar10", 0), architecture=f"convnet-{i + 1}"), outcome(0.5))
+    with Site(tmp_path) as site:
+        first, last = site.page("/"), site.page("/", page="1")
+        assert first.count("<h2>") == 12 and last.count("<h2>") == 3 and "1 of 2" in first
+        assert not [each for each in links(last, "") if each.startswith(("/trials", "/compare", "/download")) and "page=" in each]
 
 
 @pytest.mark.parametrize("name", ["../../etc", "/etc", "dm-1/../dm-1/seed-0", HOSTILE, ""])
@@ -145,6 +274,8 @@ def test_addresses_that_name_nothing_are_answered_with_a_sentence(site):
     assert "there is no such trial." in site.page("/trial/nothing", status=404)
     assert "no such place in the tables" in site.page("/trials", status=404, table="99", row="x", column="y")
     assert "nothing of that name" in site.page("/download/passwd", status=404)
+    assert "62.00" in site.page("/", page="²")
+    assert "as distilled" in site.page("/set", name="dm-1/seed-0", page="²", at="²")
     assert "62.00" in site.page("/", table="x", page="-1", over="nonsense", against="nobody")
 
 
@@ -233,6 +364,7 @@ def test_files_that_were_read_are_not_read_again(tmp_path, monkeypatch):
     store = ResultStore(tmp_path / "results", Revision("a" * 40, False))
     store.write(cell("Random", "cifar10", 0), outcome(0.5))
     monkeypatch.setattr(library_module, "SECONDS", 0.0)
+    monkeypatch.setattr(library_module, "PATIENCE", None)
     library, read = Library(str(tmp_path)), []
     monkeypatch.setattr(ResultStore, "_load", lambda self, name, load=ResultStore._load: read.append(name) or load(self, name))
     library.refresh()

@@ -6,9 +6,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +31,7 @@ from krrst_dist.config import ConfigError, NetworkSettings
 from krrst_dist.data.errors import DataError
 from krrst_dist.data.sources import open_images
 from krrst_dist.evaluation.target_model import save_target, untrained
+from krrst_dist.explorer.library import Library
 from krrst_dist.grid_config import Grid, SetSettings, grid_names, load_grid
 from krrst_dist.on_ray import cluster, grid, grid_sets
 from krrst_dist.on_ray.grid_plan import check_grid, plan
@@ -148,6 +151,17 @@ def test_each_network_is_trained_once_whoever_uses_it(whole):
 def test_learning_curves_are_in_tunes_records(whole):
     curves = [json.loads(line) for path in (whole / "tune").glob("cells-*/*/result.json") for line in path.read_text().splitlines()]
     assert any(point.get("step") == 3 and np.isfinite(point["loss"]) for point in curves)
+
+
+def test_a_trial_leaves_its_log_and_curve_where_its_row_says_and_the_explorer_finds_them(whole):
+    row, = rows(whole, method="soft", task="finetune", evaluation_seed=1, metric="accuracy")
+    folder, library = Path(row["trial_path"]), Library(str(whole))
+    assert folder.parent.parent == whole / "tune"
+    log = (folder / "log.txt").read_text()
+    assert "soft" in log.splitlines()[0] and f"host {socket.gethostname()}, process" in log and log.rstrip().endswith("INFO done")
+    assert library.log(row["trial_path"]) == log and [point for point in library.curve(row["trial_path"]) if "loss" in point]
+    told = [library.experiment(name) for name in library.experiments()]
+    assert {trial.state for one in told for trial in one.trials} == {"done"} and all(one.told for one in told)
 
 
 def test_the_same_grid_started_again_computes_nothing_and_says_so_unless_asked(whole, capsys):
@@ -296,6 +310,8 @@ def test_a_trial_that_fails_is_tried_again_then_recorded_and_the_others_go_on(wh
     encoder, = (path for path in encoders if path.name in failed["error"])
     assert failed["metric"] == "" and failed["value"] is None and "Traceback" not in failed["error"]
     assert {r["status"] for r in rows(out, method="from scratch")} == {"ok"}
+    assert "ArtifactError" in (Path(failed["trial_path"]) / "log.txt").read_text()
+    assert Counter(trial.state for trial in Library(str(out)).experiment(Path(failed["trial_path"]).parent.name).trials)["failed"] == 1
     errors = list((out / "tune").glob("cells-*/*/error.txt"))
     assert len(errors) == 1 and errors[0].read_text().count("ArtifactError: ") >= 2  # one attempt, and another
     encoder.write_bytes(encoders[encoder])

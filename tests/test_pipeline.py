@@ -23,7 +23,7 @@ import yaml
 from PIL import Image
 
 import krrst_dist
-from krrst_dist import cli, provenance
+from krrst_dist import cli, provenance, sheets
 from krrst_dist.artifacts import ArtifactError, DistilledSet
 from krrst_dist.config import Config, ConfigError, parse
 from krrst_dist.data.errors import DataError
@@ -32,6 +32,7 @@ from krrst_dist.data.reader import read_all
 from krrst_dist.data.targets import TargetFile
 from krrst_dist.evaluation.table import KRRST, RANDOM, SCRATCH, Row, from_json
 from krrst_dist.evaluation.target_model import save_target, untrained
+from krrst_dist.feature_map import FILE, FeatureMap
 from krrst_dist.on_ray import cluster, pipeline
 from krrst_dist.presets_and_grids import load_preset
 from krrst_dist.storage import StorageError
@@ -129,6 +130,32 @@ def test_a_run_ends_with_pictures(quickstart):
         with Image.open(quickstart.folder / "run" / name) as picture:
             assert min(picture.size) > 50
             assert len(set(picture.convert("L").tobytes())) > 10
+
+
+def test_pictures_along_the_way_begin_with_the_start_and_end_with_the_set(quickstart):
+    folder = quickstart.folder / "run" / "seed-0" / "pictures"
+    assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08}.png" for step in range(7)]
+    for step, held in ((0, quickstart.start()), (6, quickstart.distilled())):
+        assert np.array_equal(sheets.cut((folder / f"step-{step:08}.png").read_bytes()), sheets.to_pixels(held.x_syn, held.space))
+
+
+def test_a_run_ends_with_a_map_of_each_set_in_the_targets_feature_space(quickstart, tmp_path, capsys):
+    (prepared, targets), run = quickstart.source(), quickstart.folder / "run"
+    training, _ = held_out_split(prepared.count, 150, 0)
+    found, held = FeatureMap.load(run / "seed-1" / FILE), quickstart.distilled(seed=1)
+    assert (found.set_fingerprint, found.target, found.source) == (held.fingerprint, targets.target, "digits-0-4")
+    assert len(found.distances) == 20 and set(found.nearest_places.tolist()) <= set(training.tolist())
+    assert np.bincount(found.kinds).tolist() == [len(training), 20, 20]
+    before = files(run)
+    assert cli.main(["features", str(run)]) == 0 and files(run) == before
+    (run / "seed-1" / FILE).unlink()
+    assert cli.main(["features", str(run / "seed-1" / "distilled.safetensors")]) == 0
+    again = FeatureMap.load(run / "seed-1" / FILE)
+    assert np.array_equal(again.positions, found.positions) and np.array_equal(again.nearest_places, found.nearest_places)
+    assert "feature space" in capsys.readouterr().out
+    assert cli.main(["features", str(tmp_path)]) == 1 and "no distilled.safetensors is there" in capsys.readouterr().err
+    replace(held, metadata={}).save(tmp_path / "distilled.safetensors")
+    assert cli.main(["features", str(tmp_path)]) == 1 and "does not say how it was distilled" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seed", [0, 1])

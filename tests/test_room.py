@@ -69,7 +69,7 @@ def digits(nodes, tmp_path_factory) -> Digits:
     folder = tmp_path_factory.mktemp("digits")
     source = prepare("digits-0-4", "train", root=folder, directory=folder, resolution=16, progress=False)
     cache = Cache(folder)
-    return Digits(source, targets.compute(settings(), source, cache, wait=False), cache)
+    return Digits(source, targets.compute(settings(), source, cache, wait=False).file, cache)
 
 
 @ray.remote

@@ -1,4 +1,4 @@
-"""What things cost: `krrst bench step | update | methods | engine | grid | serial`.
+"""What things cost: `krrst bench step | update | methods | engine | grid | serial | explorer`.
 
 Timings of one machine mean little on another; what is claimed is the ratio of two things that took turns in one run. All but
 `serial` take random numbers of the right shapes and spread for data, which tell nothing of how well anything distils.
@@ -10,7 +10,7 @@ from importlib import import_module
 
 import tyro
 
-_BENCHES = ("step", "update", "methods", "engine", "grid", "serial")
+_BENCHES = ("step", "update", "methods", "engine", "grid", "serial", "explorer")
 
 
 def main(arguments: list[str]) -> None:

@@ -1,7 +1,8 @@
-"""Charts as SVG or PNG, drawn by matplotlib with colours that are readable on light and dark pages. Know no results."""
+"""Charts as SVG or PNG, drawn by matplotlib on white paper, whatever the page around them. Know no results."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from io import BytesIO
 from typing import Literal
@@ -11,8 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-INK = "#7a7a7a"
-"""of axes and text: grey enough for white and for black paper"""
+INK = "#555555"
+"""of axes and text"""
+_ONE_AT_A_TIME = threading.Lock()  # matplotlib draws in one thread only
 Format = Literal["svg", "png"]
 Points = Sequence[tuple[float, float]]
 
@@ -77,6 +79,18 @@ def parallel(title: str, names: Sequence[str], rows: Sequence[Sequence[str | flo
     return _finish(figure, axes, title, format)
 
 
+def cloud(title: str, parts: Sequence[tuple[str, np.ndarray]], format: Format = "svg") -> bytes:
+    """Points in a plane without units. parts: name -> [p, 2]; the first is drawn below the others, as pixels in a picture of curves."""
+    figure, axes = _figure(6.4, 6.0)
+    for i, (name, at) in enumerate(parts):
+        axes.scatter(*at.T, s=6 if i == 0 else 14, color=INK if i == 0 else f"C{i - 1}", alpha=0.35 if i == 0 else 0.9, linewidths=0,
+                     label=_plain(name), rasterized=True)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.legend(fontsize=8, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(0, 0), ncols=len(parts))
+    return _finish(figure, axes, title, format)
+
+
 def _heights(column: Sequence[str | float]) -> tuple[dict[str | float, float], list[tuple[str, float]]]:
     """Each value's height in [0, 1], and the labels beside the axis."""
     known = sorted(set(column), key=lambda value: (isinstance(value, str), value))
@@ -91,9 +105,7 @@ def _heights(column: Sequence[str | float]) -> tuple[dict[str | float, float], l
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.patch.set_alpha(0)
     axes = figure.add_subplot()
-    axes.patch.set_alpha(0)
     axes.tick_params(colors=INK, labelsize=8)
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set_color(INK)
@@ -110,7 +122,7 @@ def _finish(figure: Figure, axes: Axes, title: str, format: Format, columns: int
         legend = axes.legend(fontsize=7, ncols=columns, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(0, -0.18))
         legend.set_in_layout(True)
     sink = BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "krrst"}):
+    with _ONE_AT_A_TIME, matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "krrst"}):
         figure.savefig(sink, format=format, dpi=150, metadata={"Date": None} if format == "svg" else None)
     return sink.getvalue()
 

@@ -12,8 +12,9 @@ from krrst_dist import storage
 from krrst_dist.artifacts import DistilledSet
 from krrst_dist.config import ConfigError, nearest
 from krrst_dist.explorer import pictures, report
-from krrst_dist.explorer.library import Library, SetFiles, SetPlace
+from krrst_dist.explorer.library import Library, SetPlace
 from krrst_dist.explorer.server import application, hosts_of
+from krrst_dist.explorer.set_files import SetFiles
 from krrst_dist.results import ResultsError
 from krrst_dist.results.tables import Over
 
@@ -63,7 +64,7 @@ def show(path: Path, out: str = ".", columns: int = 10, zoom: int | None = None)
         if not sets and not written:
             raise ConfigError(f"path = {path!r}: holds neither a distilled set nor losses; give the folder of a run (seed-0)")
     for name, held in sets.items():
-        written[name] = pictures.sheet(held, columns=columns, zoom=zoom or max(1, round(96 / held.x_syn.shape[-1])))
+        written[name] = pictures.overview(held, columns=columns, zoom=zoom or max(1, round(96 / held.x_syn.shape[-1])))
     for name, payload in written.items():
         storage.write_whole(storage.join(out, name), payload)
         print(f"written: {storage.join(out, name)}")

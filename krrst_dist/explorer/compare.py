@@ -11,12 +11,11 @@ import numpy as np
 from krrst_dist.config import flatten
 from krrst_dist.explorer import charts
 from krrst_dist.explorer.charts import Format
-from krrst_dist.explorer.trials import in_column
 from krrst_dist.results import render
 from krrst_dist.results.tables import PaperTable, Run
 
-MOST = 6
-"""settings that parallel coordinates show"""
+MOST, LINES = 6, 300
+"""settings that parallel coordinates show, and runs"""
 
 
 @dataclass(frozen=True)
@@ -75,21 +74,47 @@ def tests(table: PaperTable, chosen: Sequence[str]) -> list[Welch]:
     return found
 
 
-def settings(runs: Sequence[Run], table: PaperTable, format: Format = "svg") -> bytes | None:
-    """Parallel coordinates of the runs of a table's first column that have a number: the settings of their sets and recipes in which they
-    differ, then the number. None where they differ in none."""
-    there = [run for run in in_column(runs, table, table.columns[0])
-             if run.values.get(table.metric) is not None and run.about["status"] == "ok"]
-    given = [flatten({"set": json.loads(run.about["distillation"]), "recipe": json.loads(run.about["hyperparameters"])}) |
-             {"method": run.about["method"]} for run in there]
-    names = sorted({name for each in given for name in each})
-    names = [name for name in names if len({json.dumps(each.get(name)) for each in given}) > 1]
-    names = sorted(names, key=lambda name: (name != "method", len({json.dumps(each.get(name)) for each in given}), name))[:MOST]
-    if not names:
+def differing(table: PaperTable) -> list[str]:
+    """The settings in which the runs of a table's first column differ that have a number, those with the fewest values first; at most
+    MOST."""
+    return _names(_given(_with_numbers(table)))
+
+
+def settings(table: PaperTable, format: Format = "svg") -> bytes | None:
+    """Parallel coordinates of those runs: the settings in which they differ, then the number; of LINES of them at most, evenly chosen.
+    None where they differ in none."""
+    if not (names := differing(table)):
         return None
+    there = _with_numbers(table)
+    there = there[::-(-len(there) // LINES) or 1]
+    given = _given(there)
     rows = [[_coordinate(each.get(name), [other.get(name) for other in given]) for name in names] for each in given]
     values = [scale(table) * run.values[table.metric] for run in there]
     return charts.parallel(f"{table.columns[0]}: settings and {table.metric}", names, rows, values, unit(table), format)
+
+
+def _with_numbers(table: PaperTable) -> list[Run]:
+    in_first = [run for method in table.methods for run in table.places.get((method, table.columns[0]), ())]
+    return [run for run in in_first if run.values.get(table.metric) is not None and run.about["status"] == "ok"]
+
+
+def _given(there: Sequence[Run]) -> list[dict[str, object]]:
+    """The settings of each run, by dotted name; many runs have the same ones."""
+    known: dict[tuple[str, ...], dict[str, object]] = {}
+    found = []
+    for run in there:
+        key = run.about["distillation"], run.about["hyperparameters"], run.about["method"]
+        if key not in known:
+            known[key] = flatten({"set": json.loads(key[0]), "recipe": json.loads(key[1])}) | {"method": key[2]}
+        found.append(known[key])
+    return found
+
+
+def _names(given: Sequence[dict[str, object]]) -> list[str]:
+    given = list({id(each): each for each in given}.values())  # equal ones once
+    counts = {name: len({json.dumps(each.get(name)) for each in given}) for name in {name for each in given for name in each}}
+    names = [name for name, count in counts.items() if count > 1]
+    return sorted(names, key=lambda name: (name != "method", counts[name], name))[:MOST]
 
 
 def _coordinate(value: object, all_of_it: Sequence[object]) -> str | float:

@@ -13,6 +13,8 @@ FILTERS = {"source": "source", "task": "task", "target": "target", "architecture
            "method": "method", "distillation_seed": "distillation seed", "evaluation_seed": "evaluation seed", "commit": "commit"}
 """columns that can be filtered by, and what they are called"""
 SPREADS: Mapping[str, str] = {"evaluation": "all runs", "distillation": "distillation seeds"}
+PAGE = 12
+"""tables on a page"""
 Query = Mapping[str, str]
 """what a page was asked for: names and values of its address"""
 
@@ -57,6 +59,11 @@ def options(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Per filter, the values there are; filters that would change nothing are left out."""
     found = {name: sorted({value_of(run, name) for run in runs} - {""}, key=_by_number) for name in FILTERS}
     return {name: values for name, values in found.items() if len(values) > 1}
+
+
+def asked(query: Query) -> tuple[tuple[str, str], ...]:
+    """The part of a query that the tables depend on."""
+    return tuple((name, query[name]) for name in (*FILTERS, "over", "against") if query.get(name))
 
 
 def tables(runs: Sequence[Run], query: Query) -> list[PaperTable]:

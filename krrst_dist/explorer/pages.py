@@ -20,8 +20,8 @@ def render(template: str, **values: Any) -> str:
 
 def address(path: str, query: Mapping[str, Any], **changes: Any) -> str:
     """path?query with some values changed, or left out where they are None."""
-    left = {name: value for name, value in (dict(query) | changes).items() if value not in (None, "")}
-    return f"{path}?{urlencode(left)}" if left else path
+    left = {name: value for name, value in (dict(query) | changes).items() if value not in (None, "", [])}
+    return f"{path}?{urlencode(left, doseq=True)}" if left else path
 
 
 def picture(svg: bytes, says: str) -> Markup:

@@ -1,4 +1,4 @@
-"""A distillation run to look at: its images as PNG, its losses, what its file says. Writes no HTML."""
+"""A distillation run to look at: its images as PNG, its losses, its map of the feature space, what its file says. Writes no HTML."""
 
 from __future__ import annotations
 
@@ -8,52 +8,41 @@ from collections.abc import Sequence
 from io import BytesIO
 
 import numpy as np
-from PIL import Image
+import pyarrow as pa
 
 from krrst_dist.artifacts import DistilledSet
 from krrst_dist.config import flatten
 from krrst_dist.explorer import charts
-from krrst_dist.explorer.library import SetFiles
+from krrst_dist.explorer.set_files import SetFiles
+from krrst_dist.feature_map import KINDS, FeatureMap
+from krrst_dist.sheets import sheet, to_pixels, to_png
 
 PAGE = 60
 """images on a page"""
 ZOOMS = (32, 64, 96, 160, 256)
 """pixels a side that images are shown at"""
+TITLES = {"real": "targets of real images", "labels": "Y_s", "images": "features of X_s"}
+"""of the kinds of points in a feature map"""
 
 
-def pixels(x: np.ndarray, held: DistilledSet) -> np.ndarray:
-    """[m, C, H, W] of a set -> uint8 [m, H, W, 3]."""
-    shown = np.clip(held.space.to_pixels(x), 0, 1)
-    if shown.shape[1] == 1:
-        shown = shown.repeat(3, 1)
-    return (shown[:, :3].transpose(0, 2, 3, 1) * 255 + 0.5).astype(np.uint8)
-
-
-def png(held: DistilledSet, index: int) -> bytes:
-    """One image. Raises IndexError."""
-    if not 0 <= index < len(held.x_syn):
+def png(images: np.ndarray, index: int) -> bytes:
+    """One of uint8 [m, H, W, C]. Raises IndexError."""
+    if not 0 <= index < len(images):
         raise IndexError(index)
-    return _encoded(pixels(held.x_syn[index:index + 1], held)[0])
+    return to_png(images[index])
 
 
-def sheet(held: DistilledSet, *, columns: int = 10, zoom: int = 1, most: int | None = None) -> bytes:
-    """Images in rows, as one PNG."""
-    images = pixels(held.x_syn[:most], held).repeat(zoom, 1).repeat(zoom, 2)
-    count, height, width, _ = images.shape
-    rows, gap = -(-count // columns), 2
-    page = np.full((rows * (height + gap) + gap, min(columns, count) * (width + gap) + gap, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
-        page[top:top + height, left:left + width] = image
-    return _encoded(page)
+def overview(held: DistilledSet, *, columns: int = 10, zoom: int = 1, most: int | None = None) -> bytes:
+    """A set's images in rows, as one PNG."""
+    return sheet(to_pixels(held.x_syn[:most], held.space), columns=columns, zoom=zoom, gap=2)
 
 
 def archive(held: DistilledSet) -> bytes:
     """A .zip of one PNG an image and labels.json."""
     sink = BytesIO()
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as file:
-        for i, image in enumerate(pixels(held.x_syn, held)):
-            file.writestr(f"{i:05}.png", _encoded(image))
+        for i, image in enumerate(to_pixels(held.x_syn, held.space)):
+            file.writestr(f"{i:05}.png", to_png(image))
         about = {"label_kind": held.label_kind, "class_names": held.class_names, "y_syn": held.y_syn.tolist()}
         file.writestr("labels.json", json.dumps(about))
     return sink.getvalue()
@@ -69,20 +58,44 @@ def about(held: DistilledSet) -> list[tuple[str, str]]:
 
 def losses(files: SetFiles, format: charts.Format = "svg") -> bytes | None:
     """The run's loss curves, None where it has none."""
+    return _curves(files, "losses", {"loss": "loss on the pool's models", "held_out": "held-out ridge loss"}, "loss", format)
+
+
+def learning_rate(files: SetFiles, format: charts.Format = "svg") -> bytes | None:
+    """The learning rate of X_s, None where the run's table has none."""
+    return _curves(files, "learning rate", {"lr": "learning rate of X_s"}, "learning rate", format)
+
+
+def points(found: FeatureMap) -> bytes:
+    """What the page draws of a feature map, as JSON: kinds, and a point a row [x, y, kind, index], x and y in [0, 1]."""
+    positions = found.positions.astype(float)
+    low, high = positions.min(0), positions.max(0)
+    at = (positions - low) / np.where(high > low, high - low, 1)
+    rows = [[round(float(x), 4), round(float(y), 4), int(kind), int(index)]
+            for (x, y), kind, index in zip(at, found.kinds, found.indices, strict=True)]
+    return json.dumps({"kinds": [TITLES[kind] for kind in KINDS], "points": rows, "real": found.real_places.tolist(),
+                       "labels": found.real_labels.tolist(), "nearest": found.nearest_places.tolist(),
+                       "distances": [round(float(value), 4) for value in found.distances]}).encode()
+
+
+def feature_chart(found: FeatureMap, format: charts.Format = "svg") -> bytes:
+    """The same as a chart."""
+    parts = [(TITLES[kind], found.positions[found.kinds == i]) for i, kind in enumerate(KINDS)]
+    return charts.cloud("t-SNE in the target's feature space", [(title, at) for title, at in parts if len(at)], format)
+
+
+def _curves(files: SetFiles, title: str, columns: dict[str, str], unit: str, format: charts.Format) -> bytes | None:
     history = files.history
-    if history is None or not {"step", "loss", "held_out"} <= set(history.column_names):
+    if history is None:
         return None
-    curves = [(name, points) for name, column in (("loss on the pool's models", "loss"), ("held-out ridge loss", "held_out"))
-              if (points := _thinned([pair for pair in zip(history["step"].to_pylist(), history[column].to_pylist(), strict=True)
-                                      if pair[1] is not None]))]
-    return charts.lines("losses", curves, "meta-update", "loss", format) if curves else None
+    there = [field.name for field in history.schema if pa.types.is_integer(field.type) or pa.types.is_floating(field.type)]
+    if "step" not in there:
+        return None
+    curves = [(name, points) for column, name in columns.items() if column in there
+              and (points := _thinned([pair for pair in zip(history["step"].to_pylist(), history[column].to_pylist(), strict=True)
+                                       if None not in pair]))]
+    return charts.lines(title, curves, "meta-update", unit, format) if curves else None
 
 
 def _thinned(points: Sequence[tuple[float, float]], most: int = 2000) -> list[tuple[float, float]]:
     return list(points[::max(1, len(points) // most)])
-
-
-def _encoded(image: np.ndarray) -> bytes:
-    sink = BytesIO()
-    Image.fromarray(image).save(sink, "PNG")
-    return sink.getvalue()

@@ -8,8 +8,9 @@ from importlib import resources
 
 from krrst_dist.artifacts import ArtifactError
 from krrst_dist.explorer import compare, overview, pages, pictures
-from krrst_dist.explorer.library import Library, SetFiles
+from krrst_dist.explorer.library import Library
 from krrst_dist.explorer.overview import Query
+from krrst_dist.explorer.set_files import SetFiles
 from krrst_dist.storage import StorageError
 
 IMAGES = 100
@@ -32,9 +33,8 @@ def _sheets(library: Library) -> list[tuple[str, str]]:
     for place in library.sets():
         try:
             held = SetFiles(place).load("distilled")
+            sheet = pictures.overview(held, columns=20, zoom=max(1, round(48 / max(1, held.x_syn.shape[-1]))), most=IMAGES)
         except (FileNotFoundError, ArtifactError, StorageError):
             continue
-        zoom = max(1, round(48 / held.x_syn.shape[-1]))
-        sheet = pictures.sheet(held, columns=20, zoom=zoom, most=IMAGES)
         found.append((place.name, "data:image/png;base64," + base64.b64encode(sheet).decode()))
     return found

@@ -1,4 +1,5 @@
-"""Sends the pages: which address shows what, and who may ask. Every answer is a GET; nothing is ever written or run.
+"""Sends the pages: which address shows what, and who may ask. Every question is a GET, and nothing of what is shown is ever
+written to or run.
 
 It listens on loopback unless told otherwise, and then answers only to names of this machine, so that a page elsewhere cannot read it
 through the user's browser. Reading and drawing are done in threads, so that one slow storage does not stop the others' pages.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib import resources
@@ -19,14 +21,18 @@ from aiohttp import web
 
 from krrst_dist import storage
 from krrst_dist.artifacts import ArtifactError
-from krrst_dist.explorer import compare, overview, pages, pictures, report, trials
-from krrst_dist.explorer.library import Library, SetFiles
+from krrst_dist.explorer import charts, compare, overview, pages, pictures, report, trials
+from krrst_dist.explorer.library import Library
+from krrst_dist.explorer.set_files import SetFiles
+from krrst_dist.explorer.torch_export import as_pt
 from krrst_dist.results import render
 from krrst_dist.results.commands import FORMATS
 from krrst_dist.results.tables import PaperTable
 
 POLICY = ("default-src 'none'; style-src 'self' 'unsafe-inline'; script-src 'self'; img-src 'self' data:; connect-src 'self'; "
           "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
+log = logging.getLogger(__name__)
+CHARTS = {"svg": "image/svg+xml", "png": "image/png"}
 _TEXT = {"csv": "text/csv", "tex": "application/x-tex", "md": "text/markdown"}
 
 
@@ -58,6 +64,11 @@ class Request:
     part: str
     """the changing part of the address"""
 
+    @property
+    def tables(self) -> list[PaperTable]:
+        """Those that are asked for."""
+        return self.library.once(overview.asked(self.query), lambda runs: overview.tables(runs, self.query))
+
     def page(self, template: str, here: str, title: str, **values: Any) -> str:
         """A page of ours."""
         return pages.render(template, here=here, title=title, uri=self.library.uri, problem=values.pop("problem", self.library.problem),
@@ -66,24 +77,27 @@ class Request:
 
 def show_overview(request: Request) -> Answer:
     """The tables."""
-    runs = request.library.runs
-    return request.page("overview.html", "/", "Overview", tables=overview.shown(overview.tables(runs, request.query)), links=True,
-                        options=overview.options(runs), filters=overview.FILTERS, spreads=overview.SPREADS,
-                        methods=sorted({run.about["method"] for run in runs}))
+    library, found = request.library, request.tables
+    last = -(-len(found) // overview.PAGE)
+    page = _page(request, last)
+    options = library.once("options", overview.options)
+    return request.page("overview.html", "/", "Overview", tables=overview.shown(found[page * overview.PAGE:(page + 1) * overview.PAGE]),
+                        links=True, options=options, filters=overview.FILTERS, spreads=overview.SPREADS, path="/", page=page, pages=last,
+                        methods=library.once("methods", lambda runs: sorted({run.about["method"] for run in runs})))
 
 
 def show_trials(request: Request) -> Answer:
     """Attempts: all of them, or those behind a place of a table."""
     library, place, cells = request.library, "", None
     if "table" in request.query:
-        table, cells = trials.at_place(library.runs, request.query)
+        table, cells = trials.at_place(request.tables, request.query)
         if table is None:
             raise NotThere("there is no such place in the tables any more; go back to the overview")
         place = f"{request.query.get('row')}, {request.query.get('column')}: {render.title(table)}."
-    found = trials.attempts(library.attempts, cells)
-    last = -(-len(found) // trials.PAGE)
+    keys = trials.keys(library.attempts, cells)
+    last = -(-len(keys) // trials.PAGE)
     page = _page(request, last)
-    there = found[page * trials.PAGE:(page + 1) * trials.PAGE]
+    there = trials.attempts(library.attempts, keys[page * trials.PAGE:(page + 1) * trials.PAGE])
     curves = trials.curves(library, there[:20]) if cells is not None else []
     return request.page("trials.html", "/trials", "Trials", attempts=there, identity=trials.IDENTITY, place=place, path="/trials",
                         differing=trials.differing(there), page=page, pages=last, experiments=trials.experiments(library),
@@ -101,27 +115,23 @@ def show_trial(request: Request) -> Answer:
     one = trials.one(library.attempts, request.part)
     if one is None:
         raise NotThere("there is no such trial")
-    others = trials.attempts(library.attempts, {one.about["cell"]})
+    others = trials.attempts(library.attempts, trials.keys(library.attempts, {one.about["cell"]}))
     return request.page("trial.html", "/trials", f"Trial {one.key[:8]}", one=one, others=others, identity=trials.IDENTITY,
-                        chart=_learning_curves(trials.curves(library, [one])), log=library.error(one.about["trial_path"]))
+                        chart=_learning_curves(trials.curves(library, [one])), error=library.error(one.about["trial_path"]),
+                        log=library.log(one.about["trial_path"]))
 
 
 def show_compare(request: Request) -> Answer:
     """Methods side by side."""
-    runs = overview.chosen(request.library.runs, request.query)
-    found = overview.shown(overview.tables(runs, request.query))
+    found = request.tables
     if not found:
         return request.page("compare.html", "/compare", "Compare", tables=[])
-    one = next((each for each in found if each.title == request.query.get("table")), found[0])
-    chosen = compare.methods(one.table, request.methods)
-    drawn = compare.settings(runs, one.table)
-    query = request.query | {"table": one.title}
+    one = overview.named(found, request.query.get("table", "")) or found[0]
+    chosen, title = compare.methods(one, request.methods), render.title(one)
     return request.page(
-        "compare.html", "/compare", "Compare", tables=found, one=one, chosen=chosen, welch=compare.tests(one.table, chosen),
-        bars=pages.picture(compare.bars(one.table, chosen), f"bars: {one.title}; the numbers are on the overview"),
-        scatters=[pages.picture(compare.scatter(one.table, column, chosen), f"{column}: every run") for column in one.columns],
-        parallel=pages.picture(drawn, "parallel coordinates of the settings that differ") if drawn else None,
-        chart_address="/download/bars.", chart_query=pages.address("", query))
+        "compare.html", "/compare", "Compare", tables=[render.title(each) for each in found], one=one, this=title, chosen=chosen,
+        welch=compare.tests(one, chosen),
+        settings_differ=bool(compare.differing(one)), charts=request.query | {"table": title, "method_": request.methods})
 
 
 def show_sets(request: Request) -> Answer:
@@ -131,34 +141,66 @@ def show_sets(request: Request) -> Answer:
 
 def show_set(request: Request) -> Answer:
     """One distillation run."""
-    files, problem = _files(request), ""
+    files, problems, held, found = _files(request), [], None, None
     try:
         held = files.load("distilled")
     except FileNotFoundError:
-        held, problem = None, "This run has not ended: it has no distilled.safetensors yet."
+        problems.append("This run has not ended: it has no distilled.safetensors yet.")
     except (ArtifactError, storage.StorageError) as error:
-        held, problem = None, str(error)
-    last = -(-len(held.x_syn) // pictures.PAGE) if held else 0
-    page, drawn = _page(request, last), pictures.losses(files)
+        problems.append(str(error))
+    try:
+        found = files.feature_map
+    except (ArtifactError, storage.StorageError) as error:
+        problems.append(str(error))
+    moments = [*files.steps, *(["distilled"] if held else [])]
+    try:
+        count = len(held.x_syn) if held else len(files.images(moments[-1])) if moments else 0
+    except (ArtifactError, storage.StorageError) as error:
+        moments, count = [], 0
+        problems.append(str(error))
+    last = -(-count // pictures.PAGE)
+    page = _page(request, last)
     zoom = next((each for each in pictures.ZOOMS if str(each) == request.query.get("zoom")), 96)
+    curves = [(says, drawn) for says, draw in (("losses by meta-update", pictures.losses), ("learning rate", pictures.learning_rate))
+              if (drawn := draw(files))]
     labels = None
     if held and held.label_kind == "class":
         names = held.class_names
-        labels = [names[label] if names and label < len(names) else str(label) for label in held.y_syn.tolist()]
-    there = range(page * pictures.PAGE, min((page + 1) * pictures.PAGE, len(held.x_syn))) if held else range(0)
+        labels = [names[label] if names and 0 <= label < len(names) else str(label) for label in held.y_syn.tolist()]
+    fits = found is not None and held is not None and (found.set_fingerprint, len(found.distances)) == (held.fingerprint, len(held.x_syn))
+    if found is not None and held is not None and not fits:
+        problems.append("The feature map belongs to another set; delete features.safetensors and run krrst features again.")
     return request.page(
-        "set.html", "/sets", files.place.name, problem=problem, held=held, zooms=pictures.ZOOMS, zoom=zoom, path="/set", page=page,
-        pages=last, started="start" in request.query and "start.safetensors" in files.names, indices=there, labels=labels,
-        chart=pages.picture(drawn, "losses by meta-update") if drawn else None, about=pictures.about(held) if held else None)
+        "set.html", "/sets", files.place.name, problem=" ".join(problems), held=held, zooms=pictures.ZOOMS, zoom=zoom, path="/set",
+        page=page, pages=last, indices=range(page * pictures.PAGE, min((page + 1) * pictures.PAGE, count)), labels=labels,
+        moments=[(moment, _moment(moment)) for moment in moments], at=_at(request, moments), where=files.place.uri,
+        started="start" in request.query and "start.safetensors" in files.names, map=found if fits else None,
+        nearest="nearest" in request.query and fits, charts=[pages.picture(drawn, says) for says, drawn in curves],
+        about=pictures.about(held) if held else None)
 
 
 def show_image(request: Request) -> Answer:
-    """One image of a set, as PNG."""
-    which = "start" if request.query.get("which") == "start" else "distilled"
+    """One image of a set, or a real one of its feature map, as PNG."""
     try:
-        return File(pictures.png(_files(request).load(which), int(request.query.get("index", ""))), "image/png")
-    except (ValueError, IndexError, FileNotFoundError):
+        images = _files(request).images(request.query.get("which", "distilled"))
+        return File(pictures.png(images, int(request.query.get("index", ""))), "image/png")
+    except (ValueError, LookupError, FileNotFoundError):
         raise NotThere("there is no such image") from None
+
+
+COMPARISONS: dict[str, Callable[[PaperTable, list[str], str, charts.Format], bytes | None]] = {
+    "bars": lambda table, chosen, column, kind: compare.bars(table, chosen, kind),
+    "scatter": lambda table, chosen, column, kind: compare.scatter(table, column, chosen, kind) if column in table.columns else None,
+    "settings": lambda table, chosen, column, kind: compare.settings(table, kind)}
+"""charts of a table"""
+
+
+def show_points(request: Request) -> Answer:
+    """A set's feature map, as JSON."""
+    found = _files(request).feature_map
+    if found is None:
+        raise NotThere("there is no feature map of that run")
+    return File(pictures.points(found), "application/json")
 
 
 def download(request: Request) -> Answer:
@@ -171,23 +213,27 @@ def download(request: Request) -> Answer:
                     "application/vnd.apache.parquet", "results.parquet")
     if name == "results" and kind in _TEXT:
         write = {"csv": render.to_csv, "tex": render.to_latex, "md": render.to_markdown}[kind]
-        return File(write(overview.tables(library.runs, request.query)).encode(), _TEXT[kind], request.part)
+        return File(write(request.tables).encode(), _TEXT[kind], request.part)
     if request.part == "report.html":
         return File(report.html(library, request.query).encode(), "text/html", "report.html")
-    if name == "bars" and kind in ("svg", "png") and (table := _table(request)):
-        return File(compare.bars(table, compare.methods(table, request.methods), kind),
-                    "image/svg+xml" if kind == "svg" else "image/png", request.part)
+    if name in COMPARISONS and kind in CHARTS and (table := _table(request)):
+        if drawn := COMPARISONS[name](table, compare.methods(table, request.methods), request.query.get("column", ""), kind):
+            return File(drawn, CHARTS[kind], request.part)
     if request.part == "set.zip":
         return File(pictures.archive(_files(request).load("distilled")), "application/zip", "set.zip")
     if request.part == "set.safetensors":
         return File(storage.read_whole(storage.join(_files(request).place.uri, "distilled.safetensors")), "application/octet-stream",
                     "distilled.safetensors")
+    if request.part == "set-pt.zip":
+        return File(as_pt(storage.join(_files(request).place.uri, "distilled.safetensors")), "application/zip", request.part)
+    if name == "features" and kind in CHARTS and (found := _files(request).feature_map):
+        return File(pictures.feature_chart(found, kind), CHARTS[kind], request.part)
     raise NotThere("there is nothing of that name to download")
 
 
 PAGES: dict[str, Page] = {"/": show_overview, "/trials": show_trials, "/experiments": show_experiments, "/trial/{part}": show_trial,
                           "/compare": show_compare, "/sets": show_sets, "/set": show_set, "/image.png": show_image,
-                          "/download/{part}": download}
+                          "/points.json": show_points, "/download/{part}": download}
 
 
 def application(library: Library, *, hosts: frozenset[str] | None) -> web.Application:
@@ -207,7 +253,8 @@ def hosts_of(address: str) -> frozenset[str] | None:
 
 def _handler(library: Library, page: Page) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     def answer(request: Request) -> tuple[int, Answer]:
-        library.refresh()
+        if page is not show_image:
+            library.refresh()
         try:
             return 200, page(request)
         except NotThere as error:
@@ -216,6 +263,10 @@ def _handler(library: Library, page: Page) -> Callable[[web.Request], Awaitable[
             return 404, request.page("base.html", "", "Not there", problem="It was there when this page was made, and has gone since.")
         except (ArtifactError, storage.StorageError) as error:
             return 422, request.page("base.html", "", "Cannot be read", problem=str(error))
+        except Exception as error:
+            log.exception("%s", request)
+            return 500, request.page("base.html", "", "An error of ours", problem=f"{type(error).__name__}: {error}; its traceback is on "
+                                     f"the explorer's terminal, please report it.")
 
     async def handle(asked: web.Request) -> web.StreamResponse:
         request = Request(library, {name: value for name, value in asked.query.items() if name != "method_"},
@@ -242,7 +293,7 @@ def _guard(hosts: frozenset[str] | None) -> Any:
 
 
 async def _static(request: web.Request) -> web.StreamResponse:
-    kinds = {"style.css": "text/css", "live.js": "text/javascript"}
+    kinds = {"style.css": "text/css", "live.js": "text/javascript", "set.js": "text/javascript"}
     name = request.match_info["part"]
     if name not in kinds:
         raise web.HTTPNotFound
@@ -261,20 +312,32 @@ def _files(request: Request) -> SetFiles:
     return SetFiles(place)
 
 
-def _learning_curves(curves: list[tuple[str, list[tuple[float, float]]]]) -> Any:
-    from krrst_dist.explorer import charts
+def _moment(name: str) -> str:
+    return f"update {int(name.removeprefix('step-'))}" if name.startswith("step-") else "as distilled"
 
+
+def _at(request: Request, moments: list[str]) -> int:
+    """Which of the moments is shown: the last, unless another was asked for by its place."""
+    return min(_number(request, "at", len(moments)), len(moments) - 1)
+
+
+def _learning_curves(curves: list[tuple[str, list[tuple[float, float]]]]) -> Any:
     said = f"training loss by step of {len(curves)} trial(s)"
     return pages.picture(charts.lines("learning curves", curves, "step", "training loss"), said) if curves else None
 
 
 def _table(request: Request) -> PaperTable | None:
-    return overview.named(overview.tables(request.library.runs, request.query), request.query.get("table", ""))
+    return overview.named(request.tables, request.query.get("table", ""))
 
 
 def _page(request: Request, pages_there: int) -> int:
-    text = request.query.get("page", "")
-    return min(int(text), max(0, pages_there - 1)) if text.isdigit() and len(text) < 9 else 0
+    return min(_number(request, "page", 0), max(0, pages_there - 1))
+
+
+def _number(request: Request, name: str, otherwise: int) -> int:
+    """A whole number of the address."""
+    text = request.query.get(name, "")
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 9 else otherwise
 
 
 def _is_ip(text: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from krrst_dist.config import flatten
-from krrst_dist.explorer.library import Library, Trial
-from krrst_dist.explorer.overview import Query, chosen, named, tables
-from krrst_dist.results import layout
-from krrst_dist.results.tables import PaperTable, Run
+from krrst_dist.explorer.library import Experiment, Library
+from krrst_dist.explorer.overview import Query, named
+from krrst_dist.results.tables import PaperTable
 
 PAGE = 100
 """attempts on a page"""
@@ -36,47 +34,36 @@ class Attempt:
         return self.about["attempt"]
 
 
-def at_place(runs: Sequence[Run], query: Query) -> tuple[PaperTable | None, set[str]]:
+def at_place(tables: Sequence[PaperTable], query: Query) -> tuple[PaperTable | None, set[str]]:
     """The table and the cells that a place of it stands for (`overview.Place.query`); (None, set()) where there is no such place."""
-    left = chosen(runs, query)
-    table, method, column = named(tables(left, query), query.get("table", "")), query.get("row", ""), query.get("column", "")
-    if table is None:
-        return None, set()
-    return table, {run.about["cell"] for run in in_column(left, table, column) if run.about["method"] == method}
+    table = named(tables, query.get("table", ""))
+    there = table.places.get((query.get("row", ""), query.get("column", ""))) if table else None
+    return (table, {run.about["cell"] for run in there}) if there else (None, set())
 
 
-def in_column(runs: Sequence[Run], table: PaperTable, column: str) -> list[Run]:
-    """The runs that stand in a column of a table."""
-    across = layout.across(table.subject.task)
-    return [run for run in runs if run.about[across] == column and _fits(run, table)]
-
-
-def _fits(run: Run, table: PaperTable) -> bool:
-    """Does a run stand in this table? Where nothing was distilled, its source does not matter."""
-    own, subject = layout.Subject.of(run.about), table.subject
-    if not run.about["set_fingerprint"] and run.about["task"] != "fid":
-        own, subject = own._replace(source=""), subject._replace(source="")
-    return own == subject
-
-
-def attempts(everything: pa.Table, cells: set[str] | None) -> list[Attempt]:
-    """All attempts at some cells (None: at all), the newest first."""
+def keys(everything: pa.Table, cells: set[str] | None) -> list[str]:
+    """The attempts at some cells (None: at all), the newest first. everything: the oldest first."""
+    attempts = everything["attempt"]
     if cells is not None:
-        everything = everything.filter(pc.is_in(everything["cell"], pa.array(sorted(cells), pa.string())))
+        attempts = attempts.filter(pc.is_in(everything["cell"], pa.array(sorted(cells), pa.string())))
+    return attempts.unique().to_pylist()[::-1]
+
+
+def attempts(everything: pa.Table, wanted: Sequence[str]) -> list[Attempt]:
+    """Those of these keys that there are, in the order of the keys."""
     found: dict[str, Attempt] = {}
-    for row in everything.to_pylist():
+    for row in everything.filter(pc.is_in(everything["attempt"], pa.array(wanted, pa.string()))).to_pylist():
         if row["attempt"] not in found:
             settings = flatten({"hyperparameters": json.loads(row["hyperparameters"]), "distillation": json.loads(row["distillation"])})
             found[row["attempt"]] = Attempt(row, {}, settings)
         if row["metric"]:
             found[row["attempt"]].values[row["metric"]] = row["value"]
-    return list(reversed(found.values()))
+    return [found[key] for key in wanted if key in found]
 
 
 def one(everything: pa.Table, key: str) -> Attempt | None:
     """The attempt of that key."""
-    found = attempts(everything.filter(pc.equal(everything["attempt"], key)), None)
-    return found[0] if found else None
+    return next(iter(attempts(everything, [key])), None)
 
 
 def differing(found: Sequence[Attempt]) -> list[str]:
@@ -90,7 +77,7 @@ def curves(library: Library, found: Sequence[Attempt]) -> list[tuple[str, list[t
     made = []
     for each in found:
         points = [(line["step"], line["loss"]) for line in library.curve(each.about["trial_path"])
-                  if isinstance(line.get("step"), int) and isinstance(line.get("loss"), int | float)]
+                  if all(isinstance(line.get(name), int | float) and abs(line[name]) < 1e300 for name in ("step", "loss"))]
         if points:
             about = each.about
             seeds = "".join(f", {name} {about[column]}" for name, column in (("set", "distillation_seed"), ("seed", "evaluation_seed"))
@@ -99,19 +86,6 @@ def curves(library: Library, found: Sequence[Attempt]) -> list[tuple[str, list[t
     return made
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """One of Ray Tune's, as it is now."""
-
-    name: str
-    trials: list[Trial]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Trials by state."""
-        return dict(Counter(trial.state for trial in self.trials))
-
-
 def experiments(library: Library, most: int = 6) -> list[Experiment]:
     """The newest."""
-    return [Experiment(name, library.trials(name)) for name in library.experiments()[:most]]
+    return [library.experiment(name) for name in library.experiments()[:most]]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from krrst_dist import plugins, storage
+from krrst_dist import plugins, sheets, storage
 from krrst_dist.algorithm import Outer, Slice
 from krrst_dist.artifacts import DistilledSet
 from krrst_dist.config import Config, ConfigError, EngineSettings
@@ -93,7 +93,7 @@ class Assembly:
         """What the engine does for the method."""
         method, config = self.method, self.config
         return Work(outer=self.outer, build=self.build, combine=method.combine, chores=method.chores(config, self.source), do=self.do,
-                    measure=self.measure if self.measured else None, warm_up=method.warm_up_steps(config),
+                    measure=self.measure if self.measured else None, draw=self.draw, warm_up=method.warm_up_steps(config),
                     slices=getattr(config.distill, "slices", 1), slice=self.slice)
 
     def outer(self, horizon: int) -> Outer:
@@ -134,6 +134,12 @@ class Assembly:
         finally:
             after_step.remove()
         return held_out.ridge_loss(trained, x_syn, y_syn, held_out_images, held_out_targets, ridge=getattr(config.distill, "ridge", RIDGE))
+
+    def draw(self, values: tuple[Tensor, ...]) -> bytes:
+        """The images of the set that is learned by then, as a sheet; the first ones, where all would be too many to be looked at."""
+        made = self.method.result(self.start, values)
+        shown = made.x_syn[:sheets.fitting(*made.x_syn.shape[2:])]
+        return sheets.sheet(sheets.to_pixels(shown, made.space), columns=20)
 
     def of_mean(self) -> float | None:
         """The held-out loss of predicting the mean; None where nothing is held out."""

@@ -19,6 +19,7 @@ from krrst_dist import storage
 from krrst_dist.algorithm import DivergedError, Outer
 from krrst_dist.artifacts import ArtifactError
 from krrst_dist.config import Config
+from krrst_dist.on_ray import snapshots
 from krrst_dist.on_ray.aggregate import Aggregator, CollectiveAggregator, ObjectStoreAggregator
 from krrst_dist.on_ray.alike import require_alike
 from krrst_dist.on_ray.checkpoint import Checkpoint, Facts
@@ -42,7 +43,7 @@ T = TypeVar("T")
 
 
 class Coordinator:
-    """One run, in the folder or URI `directory` (checkpoints/, tensorboard/, history.parquet, status.json).
+    """One run, in the folder or URI `directory` (checkpoints/, pictures/, tensorboard/, history.parquet, status.json).
 
     config: `distill`, `engine` and `evaluate` are used, and `trajectory()` is what a resumed run must have in common.
     data: fingerprints of what the shards read, by name; a resumed run must have them in common, too.
@@ -191,6 +192,7 @@ class Coordinator:
         if not restored:
             self._warm_up(group, aggregator)
             self._save(group, aggregator, record, step=0)
+            self._draw(outer, aggregator, step=0)
         if outer.steps % every == 0:
             self._measure_held_out(group, aggregator.shared, record, step=outer.steps)
         line = ProgressLine(f"{self._prefix}update", updates, start=outer.steps)
@@ -203,6 +205,7 @@ class Coordinator:
                 self._heart.update(done, update.total)
                 self._metrics.update(done, update)
                 line.show(done, f"loss {update.contribution.loss:.4g}" + (f"  held-out {record.held_out:.4g}" if record.held_out else ""))
+                self._draw(outer, aggregator, step=done)
                 asked, notice, measured = self._stop.soon.is_set(), group.notice(), done % every == 0 or done == updates
                 if done % self._config.engine.checkpoint_every == 0 or measured or asked or notice:  # before measuring, which may take long
                     self._save(group, aggregator, record, step=done)
@@ -259,6 +262,13 @@ class Coordinator:
                                 f"{' or '.join(rates)} is too high")
         self._patiently(lambda: self._write(group, aggregator.shared, record, state, step))
         self._unsaved = False
+
+    def _draw(self, outer: Outer, aggregator: Aggregator, *, step: int) -> None:
+        """A picture of what is learned after `step` updates, where one is due."""
+        if self._work.draw is not None and snapshots.due(step, self._config.distill.updates):
+            aggregator.state_dict()  # brings `outer` up to date
+            if problem := snapshots.write(self._directory, step, self._work.draw, outer.values):
+                self._say(problem)
 
     def _write(self, group: WorkerGroup, shared: tuple[ray.ObjectRef, ...], record: Record, state: Mapping[str, Tensor], step: int) -> None:
         """The checkpoint of `step`, whole or not at all. May be called again where storage has refused it."""

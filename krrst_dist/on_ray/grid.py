@@ -99,9 +99,10 @@ def _targets(grid: Grid, images: Mapping[Split, Images], places: Places, *, wait
 
 def _compute(grid: Grid, cells: Sequence[Planned], places: Places, store: ResultStore, *, anew: bool) -> int:
     """Networks first (anew: those that are there, too), then cells; returns how many cells have no result."""
-    workshop = Workshop(places.cache, store, grid.resolution, grid.cpus, grid.gpus)
+    records = storage.join(places.out, "tune")
+    workshop = Workshop(places.cache, store, records, grid.resolution, grid.cpus, grid.gpus)
     models = {model.uri: model for planned in cells for model in planned.models if anew or not storage.exists(model.uri)}
-    how = {"cpus": grid.cpus, "gpus": grid.gpus, "retries": grid.retries, "storage": storage.join(places.out, "tune"), "workshop": workshop}
+    how = {"cpus": grid.cpus, "gpus": grid.gpus, "retries": grid.retries, "storage": records, "workshop": workshop}
     ended = run_trials("networks", model_trial, models, title=lambda uri: models[uri].title, **how)
     bad = {uri: end for uri, end in ended if end.status != "ok"}
 

@@ -106,8 +106,8 @@ def _code(config: Config, places: Places) -> str:
 def _real_images(make: str, config: Config, places: Places, *, wait: bool) -> DistilledSet:
     pipeline.run_stages(config, places, wait=wait, until="target")
     prepared = prepared_source(config, places, wait=wait)
-    target_file = targets.compute(config, prepared, places.cache, wait=wait)
-    source = Source.of(config, places.cache.fetch_prepared(prepared.path), target_file)
+    found = targets.compute(config, prepared, places.cache, wait=wait)
+    source = Source.of(config, places.cache.fetch_prepared(prepared.path), found.file)
     made = MADE[make](config, source)
     depends = {key: value for key, value in config.distillation().items() if key.startswith(REAL_DEPENDS)}
     origin = {"method": make, "distillation": depends, "seed": config.seed, "source": prepared.name,

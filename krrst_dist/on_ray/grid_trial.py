@@ -17,7 +17,7 @@ import torch
 from ray import tune
 from torch import Tensor, nn
 
-from krrst_dist import provenance
+from krrst_dist import provenance, storage
 from krrst_dist.algorithm import DivergedError
 from krrst_dist.artifacts import DistilledSet
 from krrst_dist.config import EngineSettings
@@ -35,15 +35,17 @@ from krrst_dist.evaluation.weights import load_weights, save_weights
 from krrst_dist.networks import Headed, Network
 from krrst_dist.on_ray import assembly
 from krrst_dist.on_ray.grid_work import Model, Planned, Target
+from krrst_dist.on_ray.trial_log import TrialLog, trial_log
 from krrst_dist.results import Outcome, ResultStore
 
 
 @dataclass(frozen=True)
 class Workshop:
-    """What every trial of a grid has in common."""
+    """What every trial of a grid has in common. trials: where Ray Tune keeps their records, a path or URI."""
 
     cache: Cache
     results: ResultStore
+    trials: str
     resolution: int
     cpus: int
     gpus: float
@@ -53,44 +55,52 @@ class Workshop:
         torch.set_num_threads(self.cpus)
         return assembly.device(EngineSettings(threads=self.cpus, gpus=self.gpus))
 
+    def trial_path(self) -> str:
+        """Where the records of the trial are that this process is doing."""
+        context = tune.get_context()
+        return storage.join(self.trials, context.get_experiment_name(), context.get_trial_name())
+
 
 class Curve:
-    """The learning curve of a trial: reported to Tune as it goes, and its last point kept."""
+    """The learning curve of a trial: reported to Tune as it goes, noted in its log, and its last point kept."""
 
-    def __init__(self) -> None:
-        self.steps, self.loss = 0, float("nan")
+    def __init__(self, log: TrialLog) -> None:
+        self.steps, self.loss, self._log = 0, float("nan"), log
 
     def __call__(self, step: int, loss: float) -> None:
         self.steps, self.loss = step, loss
+        self._log.progress(step, loss)
         tune.report({"step": step, "loss": loss})
 
 
 def model_trial(config: dict[str, str], *, workshop: Workshop, work: dict[str, Model]) -> None:
     """Train one network and store its weights. One that diverges, or that cannot be trained as asked, is reported as such."""
-    model, curve = work[config["key"]], Curve()
-    device = workshop.device()
-    try:
-        module = _trained(model, workshop, device, curve)
-        save_weights(model.uri, module, about={"title": model.title, "steps": curve.steps, "loss": curve.loss})
-    except DivergedError as error:
-        tune.report({"status": "diverged", "error": str(error), "step": curve.steps, "loss": curve.loss})
-    else:
-        tune.report({"status": "ok", "error": "", "step": curve.steps, "loss": curve.loss})
+    model = work[config["key"]]
+    with trial_log(model.title) as log:
+        how, curve, device = {"status": "ok", "error": ""}, Curve(log), workshop.device()
+        try:
+            module = _trained(model, workshop, device, curve)
+            save_weights(model.uri, module, about={"title": model.title, "steps": curve.steps, "loss": curve.loss})
+        except DivergedError as error:
+            how = {"status": "diverged", "error": str(error)}
+    tune.report(how | {"step": curve.steps, "loss": curve.loss})
 
 
 def cell_trial(config: dict[str, str], *, workshop: Workshop, work: dict[str, Planned]) -> None:
     """Compute one cell and store its rows, whole, before it counts as done."""
-    planned, curve = work[config["key"]], Curve()
-    cell, device = planned.cell, workshop.device()
-    started, memory = time.monotonic(), PeakMemory(device)
-    try:
-        found = TASKS[cell.task](Bench(planned, workshop, device), planned.recipe, cell.label_fraction, cell.evaluation_seed, curve)
-        how = {"status": "ok", "metrics": found.metrics, "n_test": found.n_test, "steps": found.steps}
-    except DivergedError as error:
-        how = {"status": "diverged", "metrics": {"train_loss": curve.loss}, "steps": curve.steps, "error": str(error)}
-    outcome = Outcome(**how, seconds=time.monotonic() - started, device=_name(device), peak_memory=memory.peak(),
-                      trial_path=tune.get_context().get_trial_dir() or "")
-    workshop.results.write(cell, outcome)
+    planned = work[config["key"]]
+    cell = planned.cell
+    with trial_log(planned.title) as log:
+        curve, device = Curve(log), workshop.device()
+        started, memory = time.monotonic(), PeakMemory(device)
+        try:
+            found = TASKS[cell.task](Bench(planned, workshop, device), planned.recipe, cell.label_fraction, cell.evaluation_seed, curve)
+            how = {"status": "ok", "metrics": found.metrics, "n_test": found.n_test, "steps": found.steps}
+        except DivergedError as error:
+            how = {"status": "diverged", "metrics": {"train_loss": curve.loss}, "steps": curve.steps, "error": str(error)}
+        outcome = Outcome(**how, seconds=time.monotonic() - started, device=_name(device), peak_memory=memory.peak(),
+                          trial_path=workshop.trial_path())
+        workshop.results.write(cell, outcome)
     tune.report({"status": outcome.status, "error": outcome.error, "step": curve.steps, "loss": curve.loss} | outcome.metrics)
 
 

@@ -1,4 +1,4 @@
-"""The whole run, in five stages: prepare -> target -> distil -> evaluate -> show. Each reuses what is there.
+"""The whole run, in stages: prepare -> target -> distil -> evaluate -> show -> feature space. Each reuses what is there.
 
 Data flows one way and each stage leaves files that the next one reads, so a run that was stopped goes on with the
 first stage that is not finished. Knows the order of the stages and where their files are; each stage is elsewhere.
@@ -18,7 +18,7 @@ from krrst_dist.config import DEFAULT_METHOD, Config
 from krrst_dist.data.prepared import Prepared
 from krrst_dist.data.readers import Images
 from krrst_dist.data.sources import open_images
-from krrst_dist.on_ray import cluster, preflight, report, targets
+from krrst_dist.on_ray import cluster, features, preflight, report, targets
 from krrst_dist.on_ray.distillation import distil, seed_directory, seeds
 from krrst_dist.on_ray.places import Places, prepared_split
 from krrst_dist.on_ray.resume import check_resume
@@ -62,16 +62,16 @@ def run_stages(config: Config, places: Places, *, resume: bool = False, wait: bo
         print("\n".join(f"prepared         {beton.path}" for beton in betons.values()))
         return 0
 
-    target_file = None
+    found = None
     if until == "target" or preflight.needs_targets(config):
         with clock("target"):
-            target_file = targets.compute(config, source, places.cache, wait=wait)
+            found = targets.compute(config, source, places.cache, wait=wait)
     if until == "target":
         return 0
     storage.write_whole(storage.join(places.out, "config.yaml"), yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
 
     with clock("distil"):
-        distilled = distil(config, places.cache, source.path, target_file, places.out, resume=resume, wait=wait)
+        distilled = distil(config, places.cache, source.path, found and found.file, places.out, resume=resume, wait=wait)
     if until == "distill":
         print(f"distilled sets   {storage.join(places.out, 'seed-*', 'distilled.safetensors')}")
         return 0
@@ -80,6 +80,9 @@ def run_stages(config: Config, places: Places, *, resume: bool = False, wait: bo
         labelled = {name: (betons[name, "train"], betons[name, "test"]) for name in config.evaluate.datasets}
         rows = report.evaluate(config, places.cache, labelled, distilled, wait=wait)
     report.show(config, places.out, distilled, rows)
+    if found is not None:
+        with clock("feature space"):
+            features.compute(config, places.cache, source.path, found, [run.path for run in distilled], wait=wait)
     print(f"\n{clock}\n")
     return 0
 

@@ -25,12 +25,13 @@ from krrst_dist.on_ray.aggregate import Update
 
 HISTORY, TENSORBOARD = "history.parquet", "tensorboard"
 _SCHEMA = pa.schema([("step", pa.int64()), ("loss", pa.float64()), ("held_out", pa.float64()), ("seconds", pa.float64()),
-                     ("retries", pa.int64())])
+                     ("retries", pa.int64()), ("lr", pa.float64())])
 
 
 def read_history(directory: str) -> pa.Table:
     """The run's table, one row a number of updates done: step, loss (of the update that led there, on the pool's
-    models; null at 0), held_out (null where not measured), seconds (of that update), retries (of its factorisations).
+    models; null at 0), held_out (null where not measured), seconds (of that update), retries (of its factorisations),
+    lr (learning rate of X_s in that update; tables of earlier versions have no such column).
     Empty when there is none, or none that can be read."""
     try:
         return parquet.decode(storage.read_whole(storage.join(directory, HISTORY)))
@@ -89,7 +90,7 @@ class Record:
 
     def update(self, step: int, update: Update, *, lr: float) -> None:
         """`step` updates are done, `update` was the last. lr: learning rate of X_s. TensorBoard gets one mean a second."""
-        self._row(step).update(loss=update.contribution.loss, seconds=update.total, retries=update.contribution.retries)
+        self._row(step).update(loss=update.contribution.loss, seconds=update.total, retries=update.contribution.retries, lr=lr)
         self._retries += update.contribution.retries
         self._recent.append(update)
         if time.monotonic() - self._shown >= 1.0:
@@ -126,7 +127,8 @@ class Record:
             shutil.rmtree(self._upload_from, ignore_errors=True)
 
     def _row(self, step: int) -> dict:
-        return self._rows.setdefault(step, {"step": step, "loss": None, "held_out": None, "seconds": None, "retries": None})
+        return self._rows.setdefault(step, {"step": step, "loss": None, "held_out": None, "seconds": None, "retries": None,
+                                             "lr": None})
 
     def _show(self, step: int, lr: float) -> None:
         def mean(values: list[float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
@@ -18,22 +19,35 @@ from krrst_dist.on_ray import assembly, cluster
 from krrst_dist.on_ray.target_training import train_target
 
 
-def compute(config: Config, source: Prepared, cache: Cache, *, wait: bool) -> Path:
-    """Train the target model (or take what is there), compute its side file, and return that file's path."""
+@dataclass(frozen=True)
+class Targets:
+    """model: path or URI of the target model's file. file: its representations of the source, on this node's disk."""
+
+    model: str
+    file: Path
+
+    @property
+    def files(self) -> tuple[Path, Path]:
+        """The representations and what they are of, for `Cache.fetch`."""
+        return self.file, self.file.with_name(self.file.name + ".json")
+
+
+def compute(config: Config, source: Prepared, cache: Cache, *, wait: bool) -> Targets:
+    """Train the target model (or take what is there) and compute its representations of the source."""
     model = train_target(config, source, cache, wait=wait)
     fingerprint = target_fingerprint(load_target(model, resolution=source.resolution))
     standard = f"-standardised-{config.source.held_out}-{config.source.split_seed}" if config.target.standardise else ""
     views = f"{views_of(config)}-views" + (f"-{config.source.split_seed}" if views_of(config) else "")
     path = source.path.with_name(f"{source.path.stem}{TARGETS_OF}{fingerprint}-{views}{standard}.npy")
-    sidecar = path.with_name(path.name + ".json")
-    if cache.holds(path, sidecar):
+    found = Targets(model, path)
+    if cache.holds(*found.files):
         print(f"target representations: already there, {path}", flush=True)
     else:
         cluster.require(config.engine.threads, config.engine.gpus, 1, wait)
         task = ray.remote(_represent).options(num_cpus=config.engine.threads, num_gpus=config.engine.gpus)
         cluster.answer(task.remote(config, cache, source.path, model, fingerprint, path))
-    cache.fetch(path, sidecar)
-    return path
+    cache.fetch(*found.files)
+    return found
 
 
 def views_of(config: Config) -> int:

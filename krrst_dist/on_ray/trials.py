@@ -48,6 +48,7 @@ def run_trials(name: str, trainable: Callable[..., None], work: Mapping[str, Any
         tune_config=tune.TuneConfig(reuse_actors=reuse, trial_name_creator=_trial_name, trial_dirname_creator=_trial_name),
         run_config=tune.RunConfig(name=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}", storage_path=storage, verbose=0,
                                   failure_config=tune.FailureConfig(max_failures=retries),
+                                  sync_config=tune.SyncConfig(sync_artifacts=True, sync_period=10),  # the trials' logs
                                   callbacks=[JsonLoggerCallback(), _Progress(name, len(work), title)]))
     try:
         results = tuner.fit()

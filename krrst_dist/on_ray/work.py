@@ -10,6 +10,7 @@ from torch import Tensor
 from krrst_dist.algorithm import Contribution, Outer
 from krrst_dist.on_ray.progress import curve, read_history
 from krrst_dist.on_ray.sliced import BuildSlice
+from krrst_dist.on_ray.snapshots import Draw
 from krrst_dist.on_ray.worker import Build, Do, Measure
 
 
@@ -34,11 +35,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Work:
-    """What a method gives the engine to do. All but `outer` and `combine` is called in the actors, and picklable.
+    """What a method gives the engine to do. All but `outer`, `combine` and `draw` is called in the actors, and picklable.
 
     outer: horizon of the learning rate's schedule -> the learned tensors at their start. build: shard index -> shard. combine: how the
     shards' contributions make one. chores, do: what has to be computed once before shards can be built, and how. measure: (network
-    index, values, alive) -> held-out ridge loss; None: not measured. warm_up: signs of life that the shards' warm-up gives, about.
+    index, values, alive) -> held-out ridge loss; None: not measured. draw: pictures along the way; None: none. warm_up: signs of life that
+    the shards' warm-up gives, about.
     slices: P, how many actors can share a shard, where `slice` builds a further slice of one.
     """
 
@@ -48,6 +50,7 @@ class Work:
     chores: Sequence[str] = ()
     do: Do | None = None
     measure: Measure | None = None
+    draw: Draw | None = None
     warm_up: int = 0
     slices: int = 1
     slice: BuildSlice | None = None

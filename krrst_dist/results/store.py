@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from pyarrow import fs
 
 from krrst_dist import parquet, provenance, storage
+from krrst_dist.results.columns import codes
 from krrst_dist.results.schema import SCHEMA, SCHEMAS, STATUSES, VERSION_KEY, Cell, Outcome, ResultsError, package_versions, rows, upgrade
 
 THREADS = 16
@@ -181,7 +182,7 @@ def _described(column: pa.Field) -> str:
 def _union(tables: list[pa.Table]) -> pa.Table:
     """All rows, the oldest attempt first; an attempt that is in several files counts once."""
     table = pa.concat_tables([SCHEMA.empty_table(), *tables])
-    attempts = _codes(table["attempt"])
+    attempts = codes(table["attempt"])
     of_file = np.repeat(np.arange(len(tables)), [len(t) for t in tables])
     first = np.full(len(table), len(tables))
     np.minimum.at(first, attempts, of_file)
@@ -192,7 +193,7 @@ def _union(tables: list[pa.Table]) -> pa.Table:
 
 def _best(table: pa.Table) -> pa.Table:
     """The rows of every cell's best attempt. table: the oldest first."""
-    cells, attempts = _codes(table["cell"]), _codes(table["attempt"])
+    cells, attempts = codes(table["cell"]), codes(table["attempt"])
     status = pc.index_in(table["status"], pa.array(STATUSES)).to_numpy()
     score = status * len(table) + np.arange(len(table))  # of two that are equally good, the later
     best = np.zeros(len(table), np.int64)
@@ -202,8 +203,3 @@ def _best(table: pa.Table) -> pa.Table:
 
 def _where(table: pa.Table, mask: np.ndarray) -> pa.Table:
     return table if mask.all() else table.filter(pa.array(mask))  # to copy a large table takes longer than all else here
-
-
-def _codes(column: pa.ChunkedArray) -> np.ndarray:
-    """Equal texts to equal numbers, from 0 on."""
-    return column.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)

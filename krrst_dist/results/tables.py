@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import sqrt
-from statistics import fmean, pstdev, stdev
+from statistics import fmean, stdev
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 
 from krrst_dist.config import flatten, nearest
 from krrst_dist.results import layout
+from krrst_dist.results.columns import codes
 from krrst_dist.results.layout import Subject
 from krrst_dist.results.schema import NO_METRIC, UNKNOWN, ResultsError
 
@@ -49,14 +52,14 @@ class Entry:
         """Runs behind the mean."""
         return len(self.values) if not self.mixed else 0
 
-    @property
+    @cached_property
     def mean(self) -> float | None:
         return fmean(self.values) if self.n else None
 
-    @property
+    @cached_property
     def std(self) -> float | None:
         """Population standard deviation; a single run has none."""
-        return pstdev(self.values) if self.n > 1 else None
+        return _std(self.values) if self.n > 1 else None
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One table. entries: by (method, column); a pair that is not in it has not been run. commits: of the code behind the numbers.
+    """One table. places: the runs behind each (method, column); a pair that is not in it has not been run.
 
     against: the method that all others are compared with, pair by pair; '' for none.
     """
@@ -94,9 +97,19 @@ class PaperTable:
     significance: bool
     methods: tuple[str, ...]
     columns: tuple[str, ...]
-    entries: dict[tuple[str, str], Entry]
-    commits: tuple[str, ...]
+    places: Mapping[tuple[str, str], Sequence[Run]]
     against: str = ""
+
+    @cached_property
+    def entries(self) -> dict[tuple[str, str], Entry]:
+        """What stands in each place. Worked out when it is first asked for, as most tables of a large store are not looked at."""
+        return {place: _entry(found, self.metric, self.over) for place, found in self.places.items()}
+
+    @cached_property
+    def commits(self) -> tuple[str, ...]:
+        """Of the code behind the numbers; + for uncommitted changes."""
+        found = {(run.about["commit"], run.about["dirty"]) for runs_there in self.places.values() for run in runs_there}
+        return tuple(sorted({commit[:12] + "+" * dirty for commit, dirty in found}))
 
     def entry(self, method: str, column: str) -> Entry:
         return self.entries.get((method, column), Entry())
@@ -126,7 +139,7 @@ class PaperTable:
         """Welch's t-test (two-sided) of the best against the runner-up; None when either has no spread to go by."""
         ranked = self.ranking(column)[:2]
         samples = [self.entry(m, column).values for m in ranked]
-        if len(samples) < 2 or min(map(len, samples)) < 2 or not any(map(pstdev, samples)):
+        if len(samples) < 2 or min(map(len, samples)) < 2 or not any(map(_std, samples)):
             return None
         from scipy.stats import ttest_ind  # slow to import, and rarely asked for
 
@@ -161,18 +174,16 @@ def paper_tables(results: pa.Table | Sequence[Run], *, over: Over = "evaluation"
         raise ResultsError(f"against = {against!r}: no result is of this method; {nearest(against, known)}")
     tables = []
     for subject, there in _by_subject(chosen).items():
+        across = layout.across(subject.task)
         metrics = {metric for run in there if run.about["status"] == "ok" for metric in run.values} or {NO_METRIC}
+        everywhere: dict[tuple[str, str], list[Run]] = defaultdict(list)
+        for run in there:
+            everywhere[run.about["method"], run.about[across]].append(run)
         for metric in sorted(metrics):
-            places: dict[tuple[str, str], list[Run]] = defaultdict(list)
-            for run in there:
-                if metric in run.values or run.about["status"] != "ok":
-                    places[run.about["method"], run.about[layout.across(subject.task)]].append(run)
-            used = [run.about for runs_there in places.values() for run in runs_there]
-            commits = sorted({about["commit"][:12] + "+" * about["dirty"] for about in used})
-            tables.append(PaperTable(
-                subject, metric, over, significance, layout.methods(method for method, _ in places),
-                layout.columns(subject, (column for _, column in places)),
-                {place: _entry(found, metric, over) for place, found in places.items()}, tuple(commits), against))
+            places = {place: having for place, found in everywhere.items()
+                      if (having := [run for run in found if metric in run.values or run.about["status"] != "ok"])}
+            tables.append(PaperTable(subject, metric, over, significance, layout.methods(method for method, _ in places),
+                                     layout.columns(subject, (column for _, column in places)), places, against))
     return sorted(tables, key=lambda t: (t.subject.place, t.metric))
 
 
@@ -180,13 +191,21 @@ def runs(results: pa.Table) -> list[Run]:
     """The cells of a store's best attempts. Data sets of several versions have them in their names."""
     wanted = ["cell", "status", "method", "source", "source_fingerprint", "set_fingerprint", "distillation_seed", "target",
               "target_fingerprint", "task", "architecture", "resolution", "label_fraction", "evaluation_seed", "hyperparameters",
-              "distillation", "metric", "value", "commit", "dirty"]
-    found: dict[str, Run] = {}
-    for row in results.select(wanted).to_pylist():
-        found.setdefault(row["cell"], Run(row, {})).values[row["metric"]] = row["value"]
+              "distillation", "commit", "dirty"]
+    cells = codes(results["cell"])
+    firsts = np.unique(cells, return_index=True)[1]
+    found = [Run(about, {}) for about in results.select(wanted).take(pa.array(firsts)).to_pylist()]
+    for cell, metric, value in zip(cells.tolist(), results["metric"].to_pylist(), results["value"].to_pylist(), strict=True):
+        found[cell].values[metric] = value
     for name in ("source", "target"):
-        _tell_versions_apart([run.about for run in found.values()], name)
-    return list(found.values())
+        _tell_versions_apart([run.about for run in found], name)
+    return found
+
+
+def _std(values: Sequence[float]) -> float:
+    """Population standard deviation; the library's is exact, and a hundred times slower."""
+    mean = fmean(values)
+    return 0.0 if min(values) == max(values) else sqrt(fmean((value - mean) * (value - mean) for value in values))
 
 
 def _tell_versions_apart(abouts: list[dict[str, Any]], name: Literal["source", "target"]) -> None:

@@ -7,8 +7,10 @@ async function refresh(part) {
       const answer = await fetch(part.dataset.live);
       const html = answer.ok ? await answer.text() : null;
       if (html !== null && html !== part.dataset.shown) {
+        const open = [...part.querySelectorAll("details[open]")].map((each) => each.id);
         part.dataset.shown = html;
         part.innerHTML = html;
+        part.querySelectorAll("details").forEach((each) => { each.open = open.includes(each.id); });
       }
     } catch {
       // the server has gone; what was shown stays
@@ -18,4 +20,14 @@ async function refresh(part) {
 }
 
 document.querySelectorAll("[data-live]").forEach((part) => setTimeout(() => refresh(part), 3000));
-document.querySelectorAll("form.filters select").forEach((choice) => choice.addEventListener("change", () => choice.form.requestSubmit()));
+
+// A choice made with the pointer is sent at once. With the keyboard one walks through a list: what it stops at is sent when the field
+// is left, or by the button.
+document.querySelectorAll("form.filters select").forEach((choice) => {
+  let typed = false;
+  const first = choice.value;
+  choice.addEventListener("keydown", (event) => { typed = event.key !== "Tab"; });
+  choice.addEventListener("pointerdown", () => { typed = false; });
+  choice.addEventListener("change", () => { if (!typed) choice.form.requestSubmit(); });
+  choice.addEventListener("blur", () => { if (typed && choice.value !== first) choice.form.requestSubmit(); });
+});
