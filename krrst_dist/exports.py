@@ -25,17 +25,18 @@ ABOUT = "about.json"
 RELEASED = "cifar100-released"  # what the authors published files of
 
 
-def export(path: str, to: str, format: Literal["png", "parquet", "pt"] = "png") -> None:
+def export(path: str, to: str, format: Literal["png", "parquet", "pt"] | None = None) -> None:
     """Write a distilled set for other programs.
 
     Args:
         path: the distilled set, a .safetensors file or URI.
         to: folder for png (one file an image, .npy arrays beside them) and pt (x_syn.pt, y_syn.pt); file for parquet.
-        format: what to write. Arrays are written as they are, in the set's own space, which about.json names; the authors' code takes an
-            x_syn.pt for raw pixels, so make a set for it with --distill.space raw.
+        format: what to write; default: parquet where `to` ends so, else png. Arrays are written as they are, in the set's own space, which
+            about.json names; the authors' code takes an x_syn.pt for raw pixels, so make a set for it with --distill.space raw.
     """
     writers = {"png": to_png_folder, "parquet": to_parquet, "pt": to_pt}
     distilled = DistilledSet.load(path)
+    format = format or ("parquet" if to.endswith(".parquet") else "png")
     writers[format](distilled, to)
     print(f"{len(distilled.x_syn)} images written to {to}")
     if format == "pt" and distilled.space.kind != "raw":

@@ -210,6 +210,13 @@ def test_a_parquet_table_holds_a_row_an_image_with_the_exact_values(place):
     assert about["recipe"] == RECIPE and about["label_kind"] == "features"
 
 
+def test_the_format_is_told_by_the_ending_unless_it_is_named(tmp_path):
+    distilled().save(tmp_path / "set.safetensors")
+    exports.export(str(tmp_path / "set.safetensors"), str(tmp_path / "out.parquet"))
+    exports.export(str(tmp_path / "set.safetensors"), str(tmp_path / "out"))
+    assert len(pq.read_table(tmp_path / "out.parquet")) == 4 and (tmp_path / "out" / "00003.png").exists()
+
+
 def test_class_labels_survive_in_parquet(tmp_path):
     exports.to_parquet(replace(distilled(), y_syn=np.arange(4), label_kind="class"), tmp_path / "set.parquet")
     assert pq.read_table(tmp_path / "set.parquet")["y_syn"].to_pylist() == [0, 1, 2, 3]

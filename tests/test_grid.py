@@ -159,8 +159,8 @@ def test_a_trial_leaves_its_log_and_curve_where_its_row_says_and_the_explorer_fi
     assert folder.parent.parent == whole / "tune"
     log = (folder / "log.txt").read_text()
     assert "soft" in log.splitlines()[0] and f"host {socket.gethostname()}, process" in log and log.rstrip().endswith("INFO done")
-    assert library.log(row["trial_path"]) == log and [point for point in library.curve(row["trial_path"]) if "loss" in point]
-    told = [library.experiment(name) for name in library.experiments()]
+    assert library.tune.log(row["trial_path"]) == log and [point for point in library.tune.curve(row["trial_path"]) if "loss" in point]
+    told = [library.tune.experiment(name) for name in library.tune.experiments()]
     assert {trial.state for one in told for trial in one.trials} == {"done"} and all(one.told for one in told)
 
 
@@ -311,7 +311,7 @@ def test_a_trial_that_fails_is_tried_again_then_recorded_and_the_others_go_on(wh
     assert failed["metric"] == "" and failed["value"] is None and "Traceback" not in failed["error"]
     assert {r["status"] for r in rows(out, method="from scratch")} == {"ok"}
     assert "ArtifactError" in (Path(failed["trial_path"]) / "log.txt").read_text()
-    assert Counter(trial.state for trial in Library(str(out)).experiment(Path(failed["trial_path"]).parent.name).trials)["failed"] == 1
+    assert Counter(trial.state for trial in Library(str(out)).tune.experiment(Path(failed["trial_path"]).parent.name).trials)["failed"] == 1
     errors = list((out / "tune").glob("cells-*/*/error.txt"))
     assert len(errors) == 1 and errors[0].read_text().count("ArtifactError: ") >= 2  # one attempt, and another
     encoder.write_bytes(encoders[encoder])

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from krrst_dist import networks, seeds, storage
+from krrst_dist import networks, paths, seeds, storage
 from krrst_dist.algorithm import ModelPool, OuterOptimizer, Shard, distill
 from krrst_dist.algorithm.barlow_twins import TwinsTrainer, train
 from krrst_dist.artifacts import DistilledSet, Space
@@ -63,7 +63,7 @@ class SerialRun:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def bench_serial(*, out: Path, preset: str = "cifar100", data: Path = Path("data"), device: str = "cpu",
+def bench_serial(*, out: Path, preset: str = "cifar100", data: str | None = None, device: str = "cpu",
                  precision: Literal["float32", "tf32", "bfloat16"] = "float32", target_steps: int | None = None,
                  target_batch: int | None = None, updates: int | None = None, pretrain_steps: int | None = None,
                  finetune_steps: int | None = None, seed: int = 0) -> SerialRun:
@@ -72,7 +72,7 @@ def bench_serial(*, out: Path, preset: str = "cifar100", data: Path = Path("data
     Args:
         out: folder for the target model and the distilled set; those that a run with the same settings left there are taken.
         preset: whose sizes and networks.
-        data: folder of the data sets.
+        data: folder of the data sets; default: $KRRST_DATA, else `data` in the project.
         device: cpu, cuda, cuda:1, ...
         precision: of the pool's forward and backward passes; the ridge regression is float32, evaluation too.
         target_steps: of Barlow Twins, instead of the preset's; warm-up is a tenth of them at most.
@@ -86,7 +86,7 @@ def bench_serial(*, out: Path, preset: str = "cifar100", data: Path = Path("data
     config = _settings(preset, seed, {"engine.precision": precision, "target.steps": target_steps, "target.batch": target_batch,
                                       "distill.updates": updates, "evaluate.pretrain.steps": pretrain_steps})
     _claim(out, config)
-    run = _Run(config, torch.device(device), data)
+    run = _Run(config, torch.device(device), paths.data_directory(data))
     target = run.target(out / "target.safetensors")
     quality = run.quality(target)
     start = run.start(target)

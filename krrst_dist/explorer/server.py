@@ -24,6 +24,7 @@ from krrst_dist.artifacts import ArtifactError
 from krrst_dist.explorer import charts, compare, overview, pages, pictures, report, trials
 from krrst_dist.explorer.library import Library
 from krrst_dist.explorer.set_files import SetFiles
+from krrst_dist.explorer.set_page import Seen, title
 from krrst_dist.explorer.torch_export import as_pt
 from krrst_dist.results import render
 from krrst_dist.results.commands import FORMATS
@@ -117,8 +118,8 @@ def show_trial(request: Request) -> Answer:
         raise NotThere("there is no such trial")
     others = trials.attempts(library.attempts, trials.keys(library.attempts, {one.about["cell"]}))
     return request.page("trial.html", "/trials", f"Trial {one.key[:8]}", one=one, others=others, identity=trials.IDENTITY,
-                        chart=_learning_curves(trials.curves(library, [one])), error=library.error(one.about["trial_path"]),
-                        log=library.log(one.about["trial_path"]))
+                        chart=_learning_curves(trials.curves(library, [one])), error=library.tune.error(one.about["trial_path"]),
+                        log=library.tune.log(one.about["trial_path"]))
 
 
 def show_compare(request: Request) -> Answer:
@@ -141,42 +142,21 @@ def show_sets(request: Request) -> Answer:
 
 def show_set(request: Request) -> Answer:
     """One distillation run."""
-    files, problems, held, found = _files(request), [], None, None
-    try:
-        held = files.load("distilled")
-    except FileNotFoundError:
-        problems.append("This run has not ended: it has no distilled.safetensors yet.")
-    except (ArtifactError, storage.StorageError) as error:
-        problems.append(str(error))
-    try:
-        found = files.feature_map
-    except (ArtifactError, storage.StorageError) as error:
-        problems.append(str(error))
-    moments = [*files.steps, *(["distilled"] if held else [])]
-    try:
-        count = len(held.x_syn) if held else len(files.images(moments[-1])) if moments else 0
-    except (ArtifactError, storage.StorageError) as error:
-        moments, count = [], 0
-        problems.append(str(error))
-    last = -(-count // pictures.PAGE)
+    files = _files(request)
+    seen = Seen.of(files)
+    last = -(-seen.count // pictures.PAGE)
     page = _page(request, last)
-    zoom = next((each for each in pictures.ZOOMS if str(each) == request.query.get("zoom")), 96)
     curves = [(says, drawn) for says, draw in (("losses by meta-update", pictures.losses), ("learning rate", pictures.learning_rate))
               if (drawn := draw(files))]
-    labels = None
-    if held and held.label_kind == "class":
-        names = held.class_names
-        labels = [names[label] if names and 0 <= label < len(names) else str(label) for label in held.y_syn.tolist()]
-    fits = found is not None and held is not None and (found.set_fingerprint, len(found.distances)) == (held.fingerprint, len(held.x_syn))
-    if found is not None and held is not None and not fits:
-        problems.append("The feature map belongs to another set; delete features.safetensors and run krrst features again.")
     return request.page(
-        "set.html", "/sets", files.place.name, problem=" ".join(problems), held=held, zooms=pictures.ZOOMS, zoom=zoom, path="/set",
-        page=page, pages=last, indices=range(page * pictures.PAGE, min((page + 1) * pictures.PAGE, count)), labels=labels,
-        moments=[(moment, _moment(moment)) for moment in moments], at=_at(request, moments), where=files.place.uri,
-        started="start" in request.query and "start.safetensors" in files.names, map=found if fits else None,
-        nearest="nearest" in request.query and fits, charts=[pages.picture(drawn, says) for says, drawn in curves],
-        about=pictures.about(held) if held else None)
+        "set.html", "/sets", files.place.name, problem=" ".join(seen.problems), held=seen.held, map=seen.map, labels=seen.labels,
+        zooms=pictures.ZOOMS, zoom=next((each for each in pictures.ZOOMS if str(each) == request.query.get("zoom")), 96), path="/set",
+        page=page, pages=last, indices=range(page * pictures.PAGE, min((page + 1) * pictures.PAGE, seen.count)),
+        moments=[(moment, title(moment)) for moment in seen.moments],
+        at=min(_number(request, "at", len(seen.moments)), len(seen.moments) - 1), where=files.place.uri,
+        started="start" in request.query and "start.safetensors" in files.names,
+        nearest="nearest" in request.query and seen.map is not None,
+        charts=[pages.picture(drawn, says) for says, drawn in curves], about=pictures.about(seen.held) if seen.held else None)
 
 
 def show_image(request: Request) -> Answer:
@@ -310,15 +290,6 @@ def _files(request: Request) -> SetFiles:
     if place is None:
         raise NotThere("there is no distillation run of that name")
     return SetFiles(place)
-
-
-def _moment(name: str) -> str:
-    return f"update {int(name.removeprefix('step-'))}" if name.startswith("step-") else "as distilled"
-
-
-def _at(request: Request, moments: list[str]) -> int:
-    """Which of the moments is shown: the last, unless another was asked for by its place."""
-    return min(_number(request, "at", len(moments)), len(moments) - 1)
 
 
 def _learning_curves(curves: list[tuple[str, list[tuple[float, float]]]]) -> Any:

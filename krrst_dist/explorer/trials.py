@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from krrst_dist.config import flatten
-from krrst_dist.explorer.library import Experiment, Library
+from krrst_dist.explorer.library import Library
 from krrst_dist.explorer.overview import Query, named
+from krrst_dist.explorer.tune_records import Experiment
 from krrst_dist.results.tables import PaperTable
 
 PAGE = 100
@@ -76,7 +77,7 @@ def curves(library: Library, found: Sequence[Attempt]) -> list[tuple[str, list[t
     """(title, (step, loss) points) of those attempts whose trials can be found."""
     made = []
     for each in found:
-        points = [(line["step"], line["loss"]) for line in library.curve(each.about["trial_path"])
+        points = [(line["step"], line["loss"]) for line in library.tune.curve(each.about["trial_path"])
                   if all(isinstance(line.get(name), int | float) and abs(line[name]) < 1e300 for name in ("step", "loss"))]
         if points:
             about = each.about
@@ -88,4 +89,4 @@ def curves(library: Library, found: Sequence[Attempt]) -> list[tuple[str, list[t
 
 def experiments(library: Library, most: int = 6) -> list[Experiment]:
     """The newest."""
-    return [library.experiment(name) for name in library.experiments()[:most]]
+    return [library.tune.experiment(name) for name in library.tune.experiments()[:most]]
