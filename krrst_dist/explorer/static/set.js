@@ -30,6 +30,7 @@ class Cloud {
     this.chosen = -1;
     this.canvas = part.querySelector("canvas");
     this.figure = part.querySelector("figure");
+    this.image = new Image(160, 160);
     told.kinds.forEach((title, kind) => told.points.some((point) => point[2] === kind) && this.legend(title, kind));
     this.canvas.addEventListener("pointermove", (event) => this.choose(this.nearest(event.offsetX, event.offsetY)));
     this.canvas.addEventListener("keydown", (event) => this.walk(event));
@@ -115,7 +116,7 @@ class Cloud {
   choose(i) {
     if (i < 0 || i === this.chosen) return;
     this.chosen = i;
-    const [, , kind, index] = this.told.points[i], image = this.figure.querySelector("img"), label = this.told.labels[index];
+    const [, , kind, index] = this.told.points[i], image = this.image, label = this.told.labels[index];
     const address = new URL(this.part.dataset.image, location.href);
     address.searchParams.set("which", kind === 0 ? "real" : "distilled");
     address.searchParams.set("index", index);
@@ -124,6 +125,7 @@ class Cloud {
     const more = kind === 0 ? (label >= 0 ? `, class ${label}` : "") : kind === 1 ? ": row of Y_s, with its image"
       : `; nearest real image: ${this.told.nearest[index]}, at ${this.told.distances[index]}`;
     this.figure.querySelector("figcaption").textContent = image.alt + more;
+    this.figure.prepend(image);
     this.figure.hidden = false;
     this.draw();
   }
