@@ -19,6 +19,7 @@ from krrst_dist.algorithm import PoolMember, meta_gradient
 from krrst_dist.bench import main, measure
 from krrst_dist.bench.cost import Cost, Overhead
 from krrst_dist.bench.engine import bench_engine
+from krrst_dist.bench.explorer import bench_explorer
 from krrst_dist.bench.methods import bench_methods
 from krrst_dist.bench.overhead import Measured
 from krrst_dist.bench.problem import Problem
@@ -230,6 +231,14 @@ def test_the_serial_run_ends_with_a_transfer_table_and_its_files(tmp_path, capsy
     assert "target: " not in (printed := capsys.readouterr().out) and "distillation: " not in printed
     with pytest.raises(ConfigError, match="out = .*other settings.*name another folder"):
         bench_serial(out=tmp_path, preset="quickstart", target_steps=41, updates=20, pretrain_steps=20, finetune_steps=5)
+
+
+def test_the_explorer_is_timed_over_a_store_of_many_results(capsys):
+    times = bench_explorer(rows=40, files=3, repeats=2)
+    assert 0 < times.start < times.first and min(*times.again, *times.filters, *times.trials) > 0
+    assert "| 42 rows in 3 files | seconds: median (least-most) |" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="repeats = 19: there are 18 filters to try"):
+        bench_explorer(repeats=19)
 
 
 def test_every_method_that_learns_is_timed_at_equal_m(capsys):
