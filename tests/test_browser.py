@@ -205,7 +205,7 @@ def test_pictures_are_turned_over_page_by_page(page):
     assert page.get_by_alt_text("image 60", exact=True).is_visible()
     page.get_by_label("size").select_option("160")
     page.wait_for_url("**zoom=160**")
-    assert page.get_by_alt_text("image 0", exact=True).bounding_box()["width"] == 160
+    assert page.get_by_alt_text("image 60", exact=True).bounding_box()["width"] == 160
 
 
 def test_a_download_is_a_file_that_reads_back(page, site, tmp_path):

@@ -26,7 +26,7 @@ document.querySelectorAll("[data-live]").forEach((part) => setTimeout(() => refr
 document.querySelectorAll("form.filters select").forEach((choice) => {
   let typed = false;
   const first = choice.value;
-  choice.addEventListener("keydown", (event) => { typed = event.key !== "Tab"; });
+  choice.addEventListener("keydown", (event) => { typed ||= event.key !== "Tab"; });
   choice.addEventListener("pointerdown", () => { typed = false; });
   choice.addEventListener("change", () => { if (!typed) choice.form.requestSubmit(); });
   choice.addEventListener("blur", () => { if (typed && choice.value !== first) choice.form.requestSubmit(); });
