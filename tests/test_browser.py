@@ -219,8 +219,8 @@ def test_a_download_is_a_file_that_reads_back(page, site, tmp_path):
 def test_what_ray_tune_does_is_followed_without_loading_the_page_again(page, site):
     page.goto("/trials")
     page.evaluate("window.kept = true")
-    name = f"trial-new-{id(page)}"
-    (site.folder / "tune" / "cells-2-1" / name).mkdir()
-    before = len([each for each in (site.folder / "tune" / "cells-2-1").iterdir() if not (each / "error.txt").exists()]) - 2
-    page.get_by_text(f"{before} open").wait_for()
+    experiment = site.folder / "tune" / "cells-2-1"
+    open_now = len(list(experiment.glob("trial-new-*"))) + 1
+    (experiment / f"trial-new-{open_now}").mkdir()
+    page.get_by_text(f"{open_now} open").wait_for()
     assert page.evaluate("window.kept")
