@@ -1,16 +1,20 @@
-"""Charts as SVG or PNG, drawn by matplotlib on white paper, whatever the page around them. Know no results."""
+"""Charts as SVG or PNG, drawn by matplotlib on white paper, whatever the page around them. Know no results.
+
+matplotlib is loaded with the first chart: it takes most of a second, which the first page need not wait for.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
 from io import BytesIO
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK = "#555555"
 """of axes and text"""
@@ -61,6 +65,8 @@ def lines(title: str, curves: Sequence[tuple[str, Points]], across: str, up: str
 def parallel(title: str, names: Sequence[str], rows: Sequence[Sequence[str | float]], values: Sequence[float], unit: str,
              format: Format = "svg") -> bytes:
     """Parallel coordinates: a line a run through the values of its settings, ending at its number. names: of the settings."""
+    from matplotlib import colormaps
+
     figure, axes = _figure(max(6.0, 1.4 * (len(names) + 1)), 3.6)
     scaled, ticks = [], []
     for column in [*zip(*rows, strict=True), values]:
@@ -69,7 +75,7 @@ def parallel(title: str, names: Sequence[str], rows: Sequence[Sequence[str | flo
         ticks.append(labels)
     low, high = min(values), max(values)
     for i, path in enumerate(zip(*scaled, strict=True)):
-        axes.plot(range(len(path)), path, alpha=0.6, color=matplotlib.colormaps["viridis"]((values[i] - low) / (high - low or 1)))
+        axes.plot(range(len(path)), path, alpha=0.6, color=colormaps["viridis"]((values[i] - low) / (high - low or 1)))
     for x, labels in enumerate(ticks):
         axes.axvline(x, color=INK, linewidth=0.6)
         for text, height in labels:
@@ -104,6 +110,8 @@ def _heights(column: Sequence[str | float]) -> tuple[dict[str | float, float], l
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.tick_params(colors=INK, labelsize=8)
@@ -117,12 +125,14 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 def _finish(figure: Figure, axes: Axes, title: str, format: Format, columns: int = 0) -> bytes:
     """columns: of the legend, 0 for none."""
+    from matplotlib import rc_context
+
     axes.set_title(_plain(title), color=INK, fontsize=9, loc="left", wrap=True)
     if columns and axes.get_legend_handles_labels()[1]:
         legend = axes.legend(fontsize=7, ncols=columns, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(0, -0.18))
         legend.set_in_layout(True)
     sink = BytesIO()
-    with _ONE_AT_A_TIME, matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "krrst"}):
+    with _ONE_AT_A_TIME, rc_context({"svg.fonttype": "path", "svg.hashsalt": "krrst"}):
         figure.savefig(sink, format=format, dpi=150, metadata={"Date": None} if format == "svg" else None)
     return sink.getvalue()
 

@@ -41,9 +41,8 @@ class Shown:
     table: PaperTable
 
 
-def value_of(run: Run, column: str) -> str:
+def as_shown(value: Any, column: str) -> str:
     """A run's value as a filter shows it; '' where it has none."""
-    value = run.about[column]
     if value is None:
         return ""
     return str(value)[:12] if column == "commit" else f"{value:g}" if isinstance(value, float) else str(value)
@@ -52,12 +51,13 @@ def value_of(run: Run, column: str) -> str:
 def chosen(runs: Sequence[Run], query: Query) -> list[Run]:
     """The runs that all filters let through."""
     wanted = {name: query[name] for name in FILTERS if query.get(name)}
-    return [run for run in runs if all(value_of(run, name) == value for name, value in wanted.items())] if wanted else list(runs)
+    return [run for run in runs if all(as_shown(run.about[name], name) == value for name, value in wanted.items())]
 
 
 def options(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Per filter, the values there are; filters that would change nothing are left out."""
-    found = {name: sorted({value_of(run, name) for run in runs} - {""}, key=_by_number) for name in FILTERS}
+    there = {name: {run.about[name] for run in runs} for name in FILTERS}
+    found = {name: sorted({as_shown(value, name) for value in values} - {""}, key=_by_number) for name, values in there.items()}
     return {name: values for name, values in found.items() if len(values) > 1}
 
 

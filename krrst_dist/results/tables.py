@@ -226,10 +226,12 @@ def _by_subject(runs: Iterable[Run]) -> dict[Subject, list[Run]]:
             subjects[Subject.of(run.about)].append(run)
         else:
             without_set.append(run)
-    own = {subject: subject._replace(source="") for subject in subjects}
+    homes: dict[Subject, list[Subject]] = defaultdict(list)
+    for subject in subjects:
+        homes[subject._replace(source="")].append(subject)
     for run in without_set:
         subject = Subject.of(run.about)
-        for home in [s for s, anywhere in own.items() if anywhere == subject._replace(source="")] or [subject]:
+        for home in homes.get(subject._replace(source="")) or [subject]:
             subjects[home].append(run)
     return subjects
 
