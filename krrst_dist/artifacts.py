@@ -152,16 +152,33 @@ def read_safetensors(uri: str | Path, load: Callable[[bytes], dict[str, Any]] = 
 
     Raises ArtifactError when it is damaged, or when its header is longer than any of ours: then it is not read at all.
     """
-    start = storage.read_start(uri, 8)
-    length = int.from_bytes(start, "little")
-    if len(start) == 8 and length > HEADER:
-        raise ArtifactError(f"{uri} begins with a header of {storage.in_words(length)}, as it says: it is no safetensors file, or one that "
-                            f"was made to exhaust memory; do not use it")
+    length = _header_length(uri)
     payload = storage.read_whole(uri)
     try:
-        tensors = load(payload)
-        header = json.loads(payload[8:8 + int.from_bytes(payload[:8], "little")])
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise ArtifactError(f"{uri} is truncated or no safetensors file ({error}); restore it from its source or an "
-                            f"earlier checkpoint") from None
-    return tensors, header.get("__metadata__", {})
+        return load(payload), json.loads(payload[8:8 + length]).get("__metadata__", {})
+    except (safetensors.SafetensorError, ValueError, KeyError, AttributeError) as error:
+        raise _no_safetensors(uri, error) from None
+
+
+def read_header(uri: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """What a .safetensors file says it holds, without reading that: each tensor's shape, and the metadata. Raises what
+    `read_safetensors` raises."""
+    start = storage.read_start(uri, 8 + _header_length(uri))
+    try:
+        header = json.loads(start[8:])
+        about = header.pop("__metadata__", {})
+        return {name: tuple(map(int, tensor["shape"])) for name, tensor in header.items()}, {str(k): str(v) for k, v in about.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _no_safetensors(uri, error) from None
+
+
+def _header_length(uri: str | Path) -> int:
+    length = int.from_bytes(storage.read_start(uri, 8), "little")
+    if length > HEADER:
+        raise ArtifactError(f"{uri} begins with a header of {storage.in_words(length)}, as it says: it is no safetensors file, or one that "
+                            f"was made to exhaust memory; do not use it")
+    return length
+
+
+def _no_safetensors(uri: str | Path, error: Exception) -> ArtifactError:
+    return ArtifactError(f"{uri} is truncated or no safetensors file ({error}); restore it from its source or an earlier checkpoint")

@@ -124,6 +124,12 @@ def test_methods_are_compared_by_bars_points_and_welchs_test(site):
     assert "There is nothing to test." in fewer
 
 
+def test_the_list_of_sets_tells_what_each_is(site):
+    rows = {row.partition("</a>")[0][-6:]: row for row in site.page("/sets").split("<tr>")[2:]}
+    assert all(text in rows["seed-0"] for text in ("<td>dm</td>", "<td>150 x 3 x 8 x 8</td>", "<td>class</td>"))
+    assert all("has not ended" in rows[name] for name in ("seed-2", "seed-3")) and len(rows) == 4
+
+
 def test_a_set_is_shown_page_by_page_with_its_labels_and_losses(site):
     place = links(site.page("/sets"), "dm-1/seed-0")[0]
     first, last = site.page(place), site.page(place + "&page=2")

@@ -24,6 +24,7 @@ from krrst_dist.artifacts import ArtifactError
 from krrst_dist.explorer import charts, compare, overview, pages, pictures, report, trials
 from krrst_dist.explorer.library import Library
 from krrst_dist.explorer.set_files import SetFiles
+from krrst_dist.explorer.set_list import listed
 from krrst_dist.explorer.set_page import Seen, title
 from krrst_dist.explorer.torch_export import as_pt
 from krrst_dist.results import render
@@ -137,7 +138,7 @@ def show_compare(request: Request) -> Answer:
 
 def show_sets(request: Request) -> Answer:
     """All distillation runs."""
-    return request.page("sets.html", "/sets", "Distilled sets", sets=request.library.sets())
+    return request.page("sets.html", "/sets", "Distilled sets", sets=listed(request.library.sets()))
 
 
 def show_set(request: Request) -> Answer:
