@@ -30,7 +30,7 @@ def bars(title: str, methods: Sequence[str], columns: Sequence[str], means: np.n
     width, places = 0.8 / max(1, len(methods)), np.arange(len(columns))
     for i, method in enumerate(methods):
         axes.bar(places + (i - (len(methods) - 1) / 2) * width, np.nan_to_num(means[i]), width * 0.92, yerr=np.nan_to_num(stds[i]),
-                 label=_plain(method), color=f"C{i % 10}", ecolor=INK, capsize=2)
+                 label=_plain(method), color=_colour(i), ecolor=INK, capsize=2)
     axes.set_xticks(places, [_plain(column) for column in columns])
     low, high = np.nanmin(means - np.nan_to_num(stds), initial=np.inf), np.nanmax(means + np.nan_to_num(stds), initial=-np.inf)
     cut = max(0.0, low - 0.25 * (high - low)) if np.isfinite(low) and high > low else 0.0
@@ -44,7 +44,7 @@ def scatter(title: str, methods: Sequence[str], values: Sequence[Sequence[float]
     """Every run's number, a row of points a method."""
     figure, axes = _figure(6.0, 1.2 + 0.32 * len(methods))
     for i, numbers in enumerate(values):
-        axes.plot(numbers, [i] * len(numbers), "o", color=f"C{i % 10}", alpha=0.7)
+        axes.plot(numbers, [i] * len(numbers), "o", color=_colour(i), alpha=0.7)
     axes.set_yticks(range(len(methods)), [_plain(method) for method in methods])
     axes.set_ylim(len(methods) - 0.5, -0.5)
     axes.set_xlabel(unit)
@@ -56,7 +56,7 @@ def lines(title: str, curves: Sequence[tuple[str, Points]], across: str, up: str
     figure, axes = _figure(6.4, 3.4)
     for i, (name, points) in enumerate(curves):
         x, y = np.asarray(points, float).reshape(-1, 2).T
-        axes.plot(x, y, color=f"C{i % 10}", linewidth=1.2, label=_plain(name), marker="o" if len(x) < 12 else "", markersize=3)
+        axes.plot(x, y, color=_colour(i), linewidth=1.2, label=_plain(name), marker="o" if len(x) < 12 else "", markersize=3)
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     return _finish(figure, axes, title, format, columns=1 if len(curves) < 9 else 0)
@@ -89,7 +89,7 @@ def cloud(title: str, parts: Sequence[tuple[str, np.ndarray]], format: Format = 
     """Points in a plane without units. parts: name -> [p, 2]; the first is drawn below the others, as pixels in a picture of curves."""
     figure, axes = _figure(6.4, 6.0)
     for i, (name, at) in enumerate(parts):
-        axes.scatter(*at.T, s=6 if i == 0 else 14, color=INK if i == 0 else f"C{i - 1}", alpha=0.35 if i == 0 else 0.9, linewidths=0,
+        axes.scatter(*at.T, s=6 if i == 0 else 14, color=INK if i == 0 else _colour(i - 1), alpha=0.35 if i == 0 else 0.9, linewidths=0,
                      label=_plain(name), rasterized=True)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -127,7 +127,7 @@ def _finish(figure: Figure, axes: Axes, title: str, format: Format, columns: int
     """columns: of the legend, 0 for none."""
     from matplotlib import rc_context
 
-    axes.set_title(_plain(title), color=INK, fontsize=9, loc="left", wrap=True)
+    axes.set_title(_plain(title, most=120), color=INK, fontsize=9, loc="left", wrap=True)
     if columns and axes.get_legend_handles_labels()[1]:
         legend = axes.legend(fontsize=7, ncols=columns, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(0, -0.18))
         legend.set_in_layout(True)
@@ -137,8 +137,15 @@ def _finish(figure: Figure, axes: Axes, title: str, format: Format, columns: int
     return sink.getvalue()
 
 
-def _plain(text: str) -> str:
+def _colour(i: int) -> tuple[float, float, float]:
+    """The i-th of twenty, of which the last ten are the first ones in pale."""
+    from matplotlib import colormaps
+
+    return colormaps["tab20"].colors[2 * i % 20 + (i % 20 >= 10)]
+
+
+def _plain(text: str, most: int = 60) -> str:
     """Text that matplotlib does not take for mathematics, of bearable length. It stands in the SVG as a comment, too, which `--` ends."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    text = (text if len(text) <= 60 else text[:57] + "...").replace("$", r"\$").replace("--", "–")
+    text = (text if len(text) <= most else text[:most - 3] + "...").replace("$", r"\$").replace("--", "–")
     return f" {text}" if text.startswith("_") else text  # a label that begins so is left out of legends
