@@ -90,8 +90,9 @@ class DistilledSet:
             raise ArtifactError(f"the recipe is {self.recipe!r} and the metadata {self.metadata!r}; both must be dicts")
         if not (isinstance(names, tuple) and all(isinstance(name, str) for name in names)):
             raise ArtifactError(f"the class names are {names!r}; they must be a tuple of texts, or None")
-        if x.ndim != 4 or x.dtype != np.float32:
-            raise ArtifactError(f"x_syn has shape {x.shape} and type {x.dtype}; it must be [m, C, H, W] float32")
+        if x.ndim != 4 or x.dtype != np.float32 or 0 in x.shape[1:]:
+            raise ArtifactError(f"x_syn has shape {x.shape} and type {x.dtype}; it must be [m, C, H, W] float32, with "
+                                f"at least one of C, H and W")
         wanted = (1, np.int64) if self.label_kind == "class" else (2, np.float32)
         if (y.ndim, y.dtype) != wanted:
             raise ArtifactError(f"y_syn has shape {y.shape} and type {y.dtype}; label kind {self.label_kind!r} takes "
@@ -136,7 +137,7 @@ class DistilledSet:
             return cls(tensors["x_syn"], tensors["y_syn"], about["label_kind"], json.loads(about["recipe"]),
                        Space(space["kind"], tuple(space["mean"]), tuple(space["std"])),
                        tuple(names) if isinstance(names, list) else names, json.loads(about["metadata"]))
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             wrong = f"{error} is missing" if isinstance(error, KeyError) else error
             raise ArtifactError(f"{uri} is damaged or was changed by hand ({wrong}); restore it from its source or an earlier "
                                 f"checkpoint") from None
@@ -155,8 +156,8 @@ def read_safetensors(uri: str | Path, load: Callable[[bytes], dict[str, Any]] = 
     length = _header_length(uri)
     payload = storage.read_whole(uri)
     try:
-        return load(payload), json.loads(payload[8:8 + length]).get("__metadata__", {})
-    except (safetensors.SafetensorError, ValueError, KeyError, AttributeError) as error:
+        return load(payload), json.loads(payload[8:8 + length]).get("__metadata__") or {}
+    except (safetensors.SafetensorError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise _no_safetensors(uri, error) from None
 
 
@@ -166,7 +167,7 @@ def read_header(uri: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str, 
     start = storage.read_start(uri, 8 + _header_length(uri))
     try:
         header = json.loads(start[8:])
-        about = header.pop("__metadata__", {})
+        about = header.pop("__metadata__", None) or {}
         return {name: tuple(map(int, tensor["shape"])) for name, tensor in header.items()}, {str(k): str(v) for k, v in about.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _no_safetensors(uri, error) from None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from krrst_dist.artifacts import ArtifactError, Space
 
@@ -59,9 +59,11 @@ def cut(payload: bytes) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(payload), formats=["PNG"]) as opened:
             across, down = opened.size
+            if down * across > LARGEST:  # before anything of it is decoded
+                raise ValueError(f"it has {down} x {across} pixels")
             m, height, width, columns = map(int, opened.text[LAYOUT].split())
             rows = -(-m // columns)
-            if min(m, height, width, columns) < 1 or (down, across) != (rows * height, columns * width) or down * across > LARGEST:
+            if min(m, height, width, columns) < 1 or (down, across) != (rows * height, columns * width):
                 raise ValueError(f"it says {m} images of {height} x {width} in {columns} columns and has {down} x {across} pixels")
             if opened.mode not in ("L", "RGB"):
                 raise ValueError(f"its pixels are of the kind {opened.mode}")
@@ -69,7 +71,8 @@ def cut(payload: bytes) -> np.ndarray:
         tiles = page.reshape(rows, height, columns, width, -1).swapaxes(1, 2)  # [rows, columns, H, W, C]
         return tiles.reshape(rows * columns, height, width, -1)[:m]
     except Exception as error:  # Pillow raises many kinds for a damaged or hostile file
-        raise ArtifactError(f"no sheet of images, or a damaged one ({error})") from None
+        said = "it is no PNG" if isinstance(error, UnidentifiedImageError) else error
+        raise ArtifactError(f"no sheet of images, or a damaged one ({said})") from None
 
 
 def _encoded(picture: np.ndarray, layout: str | None) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -59,6 +60,7 @@ def read_whole(uri: str | Path) -> bytes:
     path = local_path(uri)
     try:
         if path is not None:
+            _require_file(path)
             return path.read_bytes()
         system, name = fs.FileSystem.from_uri(str(uri))
         with system.open_input_stream(name) as stream:
@@ -71,7 +73,10 @@ def read_whole(uri: str | Path) -> bytes:
 
 def read_start(uri: str | Path, count: int) -> bytes:
     """A file's first bytes, at most `count`. Raises what `read_whole` raises."""
+    path = local_path(uri)
     try:
+        if path is not None:
+            _require_file(path)
         system, name = _open(uri)
         with system.open_input_stream(name) as stream:
             return stream.read(count)
@@ -79,6 +84,28 @@ def read_start(uri: str | Path, count: int) -> bytes:
         raise
     except (OSError, pa.ArrowException) as error:
         raise StorageError(f"cannot read {uri}: {error}") from error
+
+
+def read_end(uri: str | Path, count: int) -> bytes:
+    """A file's last bytes, at most `count`. Raises what `read_whole` raises."""
+    path = local_path(uri)
+    try:
+        if path is not None:
+            _require_file(path)
+        system, name = _open(uri)
+        with system.open_input_file(name) as file:
+            file.seek(max(0, file.size() - count))
+            return file.read(count)
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(f"cannot read {uri}: {error}") from error
+
+
+def _require_file(path: Path) -> None:
+    """To read a pipe or a device could take for ever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("it is no file")
 
 
 def digest(uri: str | Path) -> str:
@@ -97,6 +124,12 @@ def copy(source: str | Path, destination: str | Path) -> None:
             _stream(source, destination)
     except (OSError, pa.ArrowException) as error:
         raise StorageError(f"cannot copy {source} to {destination}: {error}; check both places and the free space") from error
+
+
+def is_link(uri: str | Path) -> bool:
+    """Is this file another one's name? Remote storage knows none."""
+    path = local_path(uri)
+    return path is not None and path.is_symlink()
 
 
 def exists(uri: str | Path) -> bool:
@@ -122,10 +155,23 @@ def changed(uri: str | Path) -> tuple[int, datetime] | None:
 
 def list_names(uri: str | Path) -> list[str]:
     """Base names in a folder, sorted; empty when there is no such folder."""
+    return sorted(name for name, _ in _entries(uri))
+
+
+def list_folders(uri: str | Path) -> list[str]:
+    """Base names of the folders in a folder, sorted; empty when there is no such folder."""
+    return sorted(name for name, info in _entries(uri) if info.type == fs.FileType.Directory)
+
+
+def _entries(uri: str | Path) -> Iterator[tuple[str, fs.FileInfo]]:
+    """What is in a folder, by base name, but what is still being written; what has a name that is not UTF-8 cannot be asked for."""
     with _explained("list", uri):
         system, name = _open(uri)
         entries = system.get_file_info(fs.FileSelector(name, allow_not_found=True))
-    return sorted(entry.base_name for entry in entries if not entry.base_name.startswith(_TEMPORARY))
+    for entry in entries:
+        with suppress(UnicodeDecodeError):
+            if not entry.base_name.startswith(_TEMPORARY):
+                yield entry.base_name, entry
 
 
 def delete_tree(uri: str | Path) -> None:

@@ -14,17 +14,20 @@ from krrst_dist.explorer.charts import Format
 from krrst_dist.results import render
 from krrst_dist.results.tables import PaperTable, Run
 
+SHOWN = 40
+"""methods in a chart: drawing is slow, and nobody tells more of them apart"""
 MOST, LINES = 6, 300
 """settings that parallel coordinates show, and runs"""
 
 
 @dataclass(frozen=True)
 class Welch:
-    """Two-sided: is one method's mean another's? p is None where either has fewer than two runs, or no spread."""
+    """Two-sided: is one method's mean another's? n: numbers of the two. p is None where either has fewer than two, or no spread."""
 
     column: str
     first: str
     second: str
+    n: tuple[int, int]
     difference: float
     p: float | None
 
@@ -40,8 +43,8 @@ def scale(table: PaperTable) -> float:
 
 
 def methods(table: PaperTable, asked: Sequence[str]) -> list[str]:
-    """Those of a table that were asked for; all, where none was."""
-    return [method for method in table.methods if method in asked] or list(table.methods)
+    """Those of a table that were asked for; all, where none was; SHOWN at most."""
+    return ([method for method in table.methods if method in asked] or list(table.methods))[:SHOWN]
 
 
 def bars(table: PaperTable, chosen: Sequence[str], format: Format = "svg") -> bytes:
@@ -70,22 +73,22 @@ def tests(table: PaperTable, chosen: Sequence[str]) -> list[Welch]:
             best, rest = table.entry(ranked[0], column), table.entry(other, column)
             possible = min(best.n, rest.n) > 1 and bool(best.std or rest.std)
             p = float(ttest_ind(best.values, rest.values, equal_var=False).pvalue) if possible else None
-            found.append(Welch(column, ranked[0], other, scale(table) * (best.mean - rest.mean), p))
+            found.append(Welch(column, ranked[0], other, (best.n, rest.n), scale(table) * (best.mean - rest.mean), p))
     return found
 
 
-def differing(table: PaperTable) -> list[str]:
-    """The settings in which the runs of a table's first column differ that have a number, those with the fewest values first; at most
-    MOST."""
-    return _names(_given(_with_numbers(table)))
+def differing(table: PaperTable, chosen: Sequence[str]) -> list[str]:
+    """The settings in which the chosen methods' runs of a table's first column differ that have a number, those with the fewest values
+    first; at most MOST."""
+    return _names(_given(_with_numbers(table, chosen)))
 
 
-def settings(table: PaperTable, format: Format = "svg") -> bytes | None:
+def settings(table: PaperTable, chosen: Sequence[str], format: Format = "svg") -> bytes | None:
     """Parallel coordinates of those runs: the settings in which they differ, then the number; of LINES of them at most, evenly chosen.
     None where they differ in none."""
-    if not (names := differing(table)):
+    if not (names := differing(table, chosen)):
         return None
-    there = _with_numbers(table)
+    there = _with_numbers(table, chosen)
     there = there[::-(-len(there) // LINES) or 1]
     given = _given(there)
     rows = [[_coordinate(each.get(name), [other.get(name) for other in given]) for name in names] for each in given]
@@ -93,8 +96,8 @@ def settings(table: PaperTable, format: Format = "svg") -> bytes | None:
     return charts.parallel(f"{table.columns[0]}: settings and {table.metric}", names, rows, values, unit(table), format)
 
 
-def _with_numbers(table: PaperTable) -> list[Run]:
-    in_first = [run for method in table.methods for run in table.places.get((method, table.columns[0]), ())]
+def _with_numbers(table: PaperTable, chosen: Sequence[str]) -> list[Run]:
+    in_first = [run for method in chosen for run in table.places.get((method, table.columns[0]), ())]
     return [run for run in in_first if run.values.get(table.metric) is not None and run.about["status"] == "ok"]
 
 
@@ -112,7 +115,8 @@ def _given(there: Sequence[Run]) -> list[dict[str, object]]:
 
 def _names(given: Sequence[dict[str, object]]) -> list[str]:
     given = list({id(each): each for each in given}.values())  # equal ones once
-    counts = {name: len({json.dumps(each.get(name)) for each in given}) for name in {name for each in given for name in each}}
+    names = {name for each in given for name in each if sum(each.get(name) is not None for each in given) > len(given) / 2}
+    counts = {name: len({json.dumps(each.get(name)) for each in given}) for name in names}
     names = [name for name, count in counts.items() if count > 1]
     return sorted(names, key=lambda name: (name != "method", counts[name], name))[:MOST]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -53,11 +54,10 @@ class Library:
     def __init__(self, uri: str) -> None:
         """Raises ResultsError where there is nothing."""
         self.uri = uri
-        self._names = storage.list_names(uri)
-        if not self._names:
+        if not storage.list_names(uri):
             raise ResultsError(f"URI = {uri!r}: there is nothing; give the --out of a grid or of a run, or a results folder")
         self.tune = TuneRecords(storage.join(uri, "tune"))
-        self._follower = ResultStore(storage.join(uri, "results") if "results" in self._names else uri).follow()
+        self._follower = self._store().follow()
         self._lock, self._looked = threading.Lock(), float("-inf")
         self._looking: threading.Thread | None = None
         self.problem = ""
@@ -79,8 +79,14 @@ class Library:
         if looking is not None:
             looking.join(None if first else PATIENCE)
 
+    def _store(self) -> ResultStore:
+        """`results/`, as a grid makes it with its first result; else the folder itself."""
+        return ResultStore(storage.join(self.uri, "results") if "results" in storage.list_folders(self.uri) else self.uri)
+
     def _look(self) -> None:
         try:
+            if (store := self._store()).uri != self._follower.store.uri:
+                self._follower = store.follow()
             self._follower.refresh()
             if self._read.attempts is not self._follower.everything:
                 self._read = _Read(runs(self._follower.table), self._follower.everything, self._follower.table)
@@ -118,14 +124,19 @@ class Library:
         return read.made[name]
 
     def sets(self) -> list[SetPlace]:
-        """All distillation runs, by name."""
-        found = [SetPlace(name, storage.join(self.uri, name)) for name in storage.list_names(self.uri) if name.startswith("seed-")]
+        """All distillation runs in folders that can be read, by name."""
+        found = _seeds("", self.uri)
         folder = storage.join(self.uri, "sets")
-        for name in storage.list_names(folder):
-            found += [SetPlace(f"{name}/{seed}", storage.join(folder, name, seed))
-                      for seed in storage.list_names(storage.join(folder, name)) if seed.startswith("seed-")]
+        for name in storage.list_folders(folder):
+            with suppress(storage.StorageError):
+                found += _seeds(f"{name}/", storage.join(folder, name))
         return found
 
     def set_place(self, name: str) -> SetPlace | None:
         """The run of that name, None where there is none."""
         return next((one for one in self.sets() if one.name == name), None)
+
+
+def _seeds(above: str, folder: str) -> list[SetPlace]:
+    """The runs in a folder. above: what their names begin with."""
+    return [SetPlace(above + name, storage.join(folder, name)) for name in storage.list_folders(folder) if name.startswith("seed-")]

@@ -30,12 +30,13 @@ def picture(svg: bytes, says: str) -> Markup:
     return Markup('<img class="chart" src="data:image/svg+xml;base64,{}" alt="{}">').format(source, says)
 
 
+def _metric(value: float | None, name: str) -> str:
+    """As in the tables: shares in per cent."""
+    return f"{100 * value:.2f} %" if value is not None and "accuracy" in name else _number(value)
+
+
 def _number(value: Any) -> str:
     return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _bytes(value: int | None) -> str:
-    return "–" if value is None else f"{value / 2**20:,.0f} MiB"
 
 
 def _setting(name: str) -> str:
@@ -47,4 +48,4 @@ def _setting(name: str) -> str:
 _environment = Environment(loader=PackageLoader("krrst_dist.explorer"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
                            lstrip_blocks=True)
 _environment.globals |= {"address": address}
-_environment.filters |= {"number": _number, "bytes": _bytes, "setting": _setting}
+_environment.filters |= {"number": _number, "metric": _metric, "setting": _setting}

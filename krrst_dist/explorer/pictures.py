@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Sequence
+from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
@@ -17,6 +17,8 @@ from krrst_dist.explorer.set_files import SetFiles
 from krrst_dist.feature_map import KINDS, FeatureMap
 from krrst_dist.sheets import sheet, to_pixels, to_png
 
+DRAWN = 1e300
+"""larger numbers are in no chart"""
 PAGE = 60
 """images on a page"""
 ZOOMS = (32, 64, 96, 160, 256)
@@ -48,17 +50,31 @@ def archive(held: DistilledSet) -> bytes:
     return sink.getvalue()
 
 
-def about(held: DistilledSet) -> list[tuple[str, str]]:
-    """What a set's file says of it, name by name."""
-    first = [("images", " x ".join(map(str, held.x_syn.shape))), ("labels", f"{held.label_kind}, {' x '.join(map(str, held.y_syn.shape))}"),
-             ("space", held.space.kind), ("fingerprint", held.fingerprint)]
-    settings = flatten({"recipe": held.recipe} | held.metadata)
-    return first + [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in sorted(settings.items())]
+@dataclass(frozen=True)
+class About:
+    """What a set's file says of it, name by name. settings: all that it was made with."""
+
+    main: list[tuple[str, str]]
+    settings: list[tuple[str, str]]
+
+
+MAIN = ("method", "source", "seed", "updates", "held_out_loss", "commit")
+
+
+def about(held: DistilledSet) -> About:
+    """What there is to say of a set."""
+    said = {name: value if isinstance(value, str) else json.dumps(value)
+            for name, value in sorted(flatten({"recipe": held.recipe} | held.metadata).items())}
+    main = [("images", " x ".join(map(str, held.x_syn.shape))), ("labels", f"{held.label_kind}, {' x '.join(map(str, held.y_syn.shape))}"),
+            ("space", held.space.kind), ("fingerprint", held.fingerprint)]
+    return About(main + [(name.replace("_", " "), said[name]) for name in MAIN if name in said],
+                 [(name, value) for name, value in said.items() if name not in MAIN])
 
 
 def losses(files: SetFiles, format: charts.Format = "svg") -> bytes | None:
     """The run's loss curves, None where it has none."""
-    return _curves(files, "losses", {"loss": "loss on the pool's models", "held_out": "held-out ridge loss"}, "loss", format)
+    own = f"{files.method}'s loss" if files.method else "the method's loss"
+    return _curves(files, "losses", {"loss": own, "held_out": "held-out ridge loss"}, "loss", format)
 
 
 def learning_rate(files: SetFiles, format: charts.Format = "svg") -> bytes | None:
@@ -89,13 +105,15 @@ def _curves(files: SetFiles, title: str, columns: dict[str, str], unit: str, for
     if history is None:
         return None
     there = [field.name for field in history.schema if pa.types.is_integer(field.type) or pa.types.is_floating(field.type)]
-    if "step" not in there:
+    if there.count("step") != 1:
         return None
-    curves = [(name, points) for column, name in columns.items() if column in there
-              and (points := _thinned([pair for pair in zip(history["step"].to_pylist(), history[column].to_pylist(), strict=True)
-                                       if None not in pair]))]
+    curves = [(name, points) for column, name in columns.items() if there.count(column) == 1 and (points := _points(history, column))]
     return charts.lines(title, curves, "meta-update", unit, format) if curves else None
 
 
-def _thinned(points: Sequence[tuple[float, float]], most: int = 2000) -> list[tuple[float, float]]:
-    return list(points[::max(1, len(points) // most)])
+def _points(history: pa.Table, column: str, most: int = 2000) -> list[tuple[float, float]]:
+    """A column by step, evenly thinned; what cannot be drawn is left out."""
+    rows = history.select(["step", column]).drop_null()
+    rows = rows.take(np.arange(0, len(rows), max(1, len(rows) // most)))
+    pairs = zip(rows["step"].to_pylist(), rows[column].to_pylist(), strict=True)
+    return [(x, y) for x, y in pairs if abs(x) < DRAWN and abs(y) < DRAWN]

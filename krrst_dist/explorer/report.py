@@ -21,7 +21,8 @@ def html(library: Library, query: Query | None = None) -> str:
     """The report, of what a query lets through."""
     query = query or {}
     found = overview.shown(overview.tables(library.runs, query))
-    charts = [pages.picture(compare.bars(one.table, list(one.table.methods)), f"bars: {one.title}") for one in found if one.table.ranked]
+    charts = [pages.picture(compare.bars(one.table, compare.methods(one.table, ())), f"bars: {one.title}")
+              for one in found if one.table.ranked]
     style = resources.files(__package__).joinpath("static", "style.css").read_text()
     return pages.render("report.html", title="Results", uri=library.uri, problem=library.problem, query=query, tables=found, links=False,
                         charts=charts, sheets=_sheets(library), style=pages.Markup(style), date=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC")
@@ -33,8 +34,9 @@ def _sheets(library: Library) -> list[tuple[str, str]]:
     for place in library.sets():
         try:
             held = SetFiles(place).load("distilled")
+            made = f"{held.metadata['method']}: {place.name}" if "method" in held.metadata else place.name
             sheet = pictures.overview(held, columns=20, zoom=max(1, round(48 / max(1, held.x_syn.shape[-1]))), most=IMAGES)
         except (FileNotFoundError, ArtifactError, StorageError):
             continue
-        found.append((place.name, "data:image/png;base64," + base64.b64encode(sheet).decode()))
+        found.append((made, "data:image/png;base64," + base64.b64encode(sheet).decode()))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from krrst_dist import parquet, sheets, storage
-from krrst_dist.artifacts import DistilledSet
+from krrst_dist.artifacts import ArtifactError, DistilledSet, read_header
 from krrst_dist.explorer.library import SetPlace
 from krrst_dist.feature_map import FILE, FeatureMap
 
@@ -54,6 +55,16 @@ class SetFiles:
             return _kept(storage.join(self.place.uri, "pictures", f"{which}.png"), _of_sheet)
         raise KeyError(which)
 
+    @cached_property
+    def method(self) -> str:
+        """The method that made the run's set, or its start where it has not ended; '' where neither says it."""
+        for which in SETS:
+            try:
+                return str(json.loads(read_header(storage.join(self.place.uri, f"{which}.safetensors"))[1]["metadata"])["method"])
+            except (FileNotFoundError, ArtifactError, storage.StorageError, ValueError, KeyError, TypeError, RecursionError):
+                continue
+        return ""
+
     @property
     def feature_map(self) -> FeatureMap | None:
         """None where it has not been computed. Raises ArtifactError, StorageError."""
@@ -77,13 +88,16 @@ def _of_set(uri: str) -> np.ndarray:
 
 
 def _of_sheet(uri: str) -> np.ndarray:
-    return sheets.cut(storage.read_whole(uri))
+    try:
+        return sheets.cut(storage.read_whole(uri))
+    except ArtifactError as error:
+        raise ArtifactError(f"{uri}: {error}") from None
 
 
 def _kept(uri: str, read: Callable[[str], Any]) -> Any:
     """What `read` makes of a file, kept for as long as it stays as it is."""
     version = storage.changed(uri)
-    if version is None:
+    if version is None or storage.is_link(uri):  # which may lead out of the folder
         raise FileNotFoundError(uri)
     with _ONE_AT_A_TIME:  # a page asks for sixty images at once, of one file
         return _read(uri, version, read)

@@ -17,13 +17,15 @@ THREADS = 16
 
 @dataclass(frozen=True)
 class Listed:
-    """One run. problem: why nothing can be said of its set, '' where something can."""
+    """One run. settings: how the set was made, as canonical JSON. problem: why nothing can be said of its set, '' where something can."""
 
     name: str
     method: str = ""
     source: str = ""
     images: str = ""
     labels: str = ""
+    seed: str = ""
+    settings: str = ""
     problem: str = ""
 
 
@@ -31,6 +33,17 @@ def listed(places: Sequence[SetPlace]) -> list[Listed]:
     """In the same order; as many files are looked at at once as THREADS."""
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(_one, places))
+
+
+def made_with(places: Sequence[SetPlace], settings: str, seed: int | None) -> str:
+    """The name of the run whose set was made so, '' where there is none. settings: as in a result's `distillation`."""
+    if seed is None:
+        return ""
+    return next((one.name for one in listed(places) if one.settings and (one.settings, one.seed) == (_canonical(settings), str(seed))), "")
+
+
+def _canonical(settings: str) -> str:
+    return json.dumps(json.loads(settings), sort_keys=True)
 
 
 def _one(place: SetPlace) -> Listed:
@@ -45,8 +58,9 @@ def _one(place: SetPlace) -> Listed:
 
 
 @lru_cache(maxsize=4096)
-def _said(uri: str, version: object) -> tuple[str, str, str, str]:
-    """Method, source, images and labels, of the file as it was written then."""
+def _said(uri: str, version: object) -> tuple[str, ...]:
+    """Method, source, images, labels, seed and settings, of the file as it was written then."""
     shapes, about = read_header(uri)
     made = json.loads(about["metadata"])
-    return str(made.get("method", "")), str(made.get("source", "")), " x ".join(map(str, shapes["x_syn"])), about["label_kind"]
+    return (str(made.get("method", "")), str(made.get("source", "")), " x ".join(map(str, shapes["x_syn"])), about["label_kind"],
+            str(made.get("seed", "")), json.dumps(made["distillation"], sort_keys=True) if "distillation" in made else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,15 @@ from krrst_dist.explorer.library import Library
 from krrst_dist.explorer.overview import Query, named
 from krrst_dist.explorer.tune_records import Experiment
 from krrst_dist.results.tables import PaperTable
+from krrst_dist.storage import StorageError
 
 PAGE = 100
 """attempts on a page"""
 IDENTITY = ("method", "source", "target", "task", "architecture", "label_fraction", "distillation_seed", "evaluation_seed")
-RESOURCES = ("device", "seconds", "steps", "n_test", "peak_memory")
+COLUMNS = 8
+"""settings that differ, at most, that have a column where trials do not stand in one place"""
+OVERLAID = 20
+"""attempts at most whose learning curves are laid over each other"""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,14 @@ class Attempt:
     @property
     def key(self) -> str:
         return self.about["attempt"]
+
+    @property
+    def resources(self) -> list[str]:
+        """What it took, as far as it is known."""
+        about, memory = self.about, self.about["peak_memory"]
+        known = {"": about["device"], "s": about["seconds"] and f"{about['seconds']:.4g}", "steps": about["steps"],
+                 "test images": about["n_test"], "MiB": memory and f"{memory / 2**20:,.0f}"}
+        return [f"{value} {unit}".strip() for unit, value in known.items() if value]
 
 
 def at_place(tables: Sequence[PaperTable], query: Query) -> tuple[PaperTable | None, set[str]]:
@@ -73,6 +86,11 @@ def differing(found: Sequence[Attempt]) -> list[str]:
     return [name for name in names if len({json.dumps(each.settings.get(name)) for each in found}) > 1]
 
 
+def telling(found: Sequence[Attempt]) -> list[str]:
+    """The columns of IDENTITY in which attempts differ; all of them for a single one."""
+    return [name for name in IDENTITY if len(found) < 2 or len({each.about[name] for each in found}) > 1]
+
+
 def curves(library: Library, found: Sequence[Attempt]) -> list[tuple[str, list[tuple[float, float]]]]:
     """(title, (step, loss) points) of those attempts whose trials can be found."""
     made = []
@@ -88,5 +106,9 @@ def curves(library: Library, found: Sequence[Attempt]) -> list[tuple[str, list[t
 
 
 def experiments(library: Library, most: int = 6) -> list[Experiment]:
-    """The newest."""
-    return [library.tune.experiment(name) for name in library.tune.experiments()[:most]]
+    """The newest of those that can be read."""
+    found = []
+    for name in library.tune.experiments()[:most]:
+        with suppress(StorageError):
+            found.append(library.tune.experiment(name))
+    return found

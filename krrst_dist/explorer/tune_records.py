@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any
 
 from krrst_dist import storage
 
+SILENT = timedelta(minutes=10)
+"""without a word, after which an experiment is taken to have been stopped"""
 TAIL = 20_000
-"""characters of a trial's log or error that are shown with its state"""
+"""bytes of a trial's log or error that are shown, and of its results that its state is read from"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ class Experiment:
         """Are there trials that run, or wait, as far as Tune has told?"""
         return any(trial.state in ("running", "pending", "paused") for trial in self.trials)
 
+    @property
+    def silent(self) -> bool:
+        """Has Tune told nothing for long?"""
+        return self.told is not None and datetime.now(UTC) - self.told > SILENT
+
 
 class TuneRecords:
     """All experiments below a path or URI."""
@@ -58,7 +66,7 @@ class TuneRecords:
 
     def experiments(self) -> list[str]:
         """Ray Tune's experiments, the newest first: their names end in when they began."""
-        names = [name for name in storage.list_names(self.uri) if "." not in name]
+        names = [name for name in storage.list_folders(self.uri) if "." not in name]
         return sorted(names, key=lambda name: name.partition("-")[2], reverse=True)
 
     def experiment(self, name: str) -> Experiment:
@@ -76,22 +84,24 @@ class TuneRecords:
     def curve(self, trial_path: str) -> list[dict[str, Any]]:
         """What a trial reported, line by line; empty where its records are not in this library. trial_path: as in results."""
         folder = self._folder(trial_path)
-        return _lines(storage.join(folder, "result.json")) if folder else []
+        return _parsed(_text(storage.join(folder, "result.json"))) if folder else []
 
     def error(self, trial_path: str) -> str:
         """The traceback of a trial that failed; '' where there is none."""
         folder = self._folder(trial_path)
-        return _text(storage.join(folder, "error.txt")) if folder else ""
+        return _end(storage.join(folder, "error.txt")) if folder else ""
 
     def log(self, trial_path: str) -> str:
         """What a trial wrote into its log; '' where there is none."""
         folder = self._folder(trial_path)
-        return _text(storage.join(folder, "log.txt")) if folder else ""
+        return _end(storage.join(folder, "log.txt")) if folder else ""
 
     def _folder(self, trial_path: str) -> str | None:
-        """A trial's folder here, by the last two names of its path: the library may have been moved, and a result may say anything."""
-        experiment, _, name = "/".join(trial_path.rstrip("/").split("/")[-2:]).partition("/")
-        if experiment not in self.experiments() or name not in storage.list_names(storage.join(self.uri, experiment)):
+        """A trial's folder here, by its name and the one above it that is an experiment's: the library may have been moved, and a result
+        may say anything."""
+        *above, name = trial_path.rstrip("/").split("/")
+        experiment = next((each for each in reversed(above) if each in self.experiments()), None)
+        if experiment is None or name not in storage.list_names(storage.join(self.uri, experiment)):
             return None
         return storage.join(self.uri, experiment, name)
 
@@ -101,13 +111,11 @@ class TuneRecords:
         if not there:
             return Trial(experiment, name, told or "open", {})
         folder = storage.join(self.uri, experiment, name)
-        lines = _lines(storage.join(folder, "result.json"))
-        last = lines[-1] if lines else {}
-        error = "" if "status" in last else _text(storage.join(folder, "error.txt"))
+        last = next(reversed(_parsed(_end(storage.join(folder, "result.json")))), {})
+        error = "" if "status" in last else _end(storage.join(folder, "error.txt"))
         state = "done" if "status" in last else "running" if told == "running" else "failed" if error else told or "open"
-        trial = Trial(experiment, name, state, last, error[-TAIL:],
-                      _text(storage.join(folder, "log.txt"))[-TAIL:] if state in ("running", "failed") else "")
-        if state == "done" or (state == told == "failed"):
+        trial = Trial(experiment, name, state, last, error, _end(storage.join(folder, "log.txt")) if state in ("running", "failed") else "")
+        if state == "done":
             self._ended[experiment, name] = trial
         return trial
 
@@ -127,17 +135,23 @@ def _told(snapshot: str, written: object) -> dict[str, str]:
         return {}
 
 
-def _text(uri: str) -> str:
+def _text(uri: str, read: Callable[[str], bytes] = storage.read_whole) -> str:
+    """A file as text, '' where there is none; a link is not followed, as it may lead out of the folder."""
     try:
-        return storage.read_whole(uri).decode("utf-8", "replace")
+        return "" if storage.is_link(uri) else read(uri).decode("utf-8", "replace")
     except (FileNotFoundError, storage.StorageError):
         return ""
 
 
-def _lines(uri: str) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON lines; the last one may be being written."""
+def _end(uri: str) -> str:
+    """The last of a file that may be long."""
+    return _text(uri, lambda uri: storage.read_end(uri, TAIL))
+
+
+def _parsed(text: str) -> list[dict[str, Any]]:
+    """The whole lines of JSON lines; the first and the last one may be in pieces."""
     found = []
-    for line in _text(uri).splitlines():
+    for line in text.splitlines():
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):

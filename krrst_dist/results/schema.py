@@ -62,7 +62,7 @@ SCHEMA = pa.schema([
     _column("evaluation_seed", _INT, "seed of pre-training and of all that follows"),
     _column("hyperparameters", _TEXT, "the recipe: all hyper-parameters as canonical JSON"),
     _column("metric", _TEXT, "what was measured; empty where there are no numbers. 'accuracy' is a fraction, not a percentage"),
-    _column("value", _FLOAT, "the number; null where it is not finite or there is none", nullable=True),
+    _column("value", _FLOAT, "the number; null where it is not finite, larger than 1e150, or there is none", nullable=True),
     _column("n_test", _INT, "test examples it was measured on", nullable=True),
     _column("steps", _INT, "optimiser steps that were done", nullable=True),
     _column("seconds", _FLOAT, "wall-clock time", nullable=True),
@@ -73,6 +73,8 @@ SCHEMA = pa.schema([
     _column("dirty", pa.bool_(), "had the code changes that the commit does not hold?"),
     _column("package_versions", _TEXT, "JSON: package to version"),
 ], metadata={VERSION_KEY: VERSION})
+LARGEST = 1e150
+"""of a number: a mean of larger ones, or a square, would not be finite"""
 SCHEMAS = {"1": SCHEMA.remove(SCHEMA.get_field_index("distillation")), VERSION: SCHEMA}
 """by version, all that can be read"""
 
@@ -166,7 +168,7 @@ def rows(cell: Cell, outcome: Outcome, *, attempt: str, finished: datetime, revi
         "distillation": cell.canonical("distillation"), "commit": revision.commit,
         "dirty": revision.dirty, "package_versions": json.dumps(versions, sort_keys=True)}
     shared = {name: _storable(value) if isinstance(value, str) else value for name, value in shared.items()}
-    numbers = {_storable(name): float(value) if math.isfinite(value) else None for name, value in outcome.metrics.items()}
+    numbers = {_storable(name): float(value) if abs(float(value)) <= LARGEST else None for name, value in outcome.metrics.items()}
     return pa.Table.from_pylist([shared | {"metric": name, "value": value} for name, value in (numbers or {NO_METRIC: None}).items()],
                                 schema=SCHEMA)
 

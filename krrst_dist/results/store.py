@@ -8,6 +8,7 @@ alone. Knows nothing of tables for people.
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,19 @@ from pyarrow import fs
 
 from krrst_dist import parquet, provenance, storage
 from krrst_dist.results.columns import codes
-from krrst_dist.results.schema import SCHEMA, SCHEMAS, STATUSES, VERSION_KEY, Cell, Outcome, ResultsError, package_versions, rows, upgrade
+from krrst_dist.results.schema import (
+    LARGEST,
+    SCHEMA,
+    SCHEMAS,
+    STATUSES,
+    VERSION_KEY,
+    Cell,
+    Outcome,
+    ResultsError,
+    package_versions,
+    rows,
+    upgrade,
+)
 
 THREADS = 16
 """files read at once: most of the time goes into waiting for storage"""
@@ -134,12 +147,12 @@ class Follower:
     """
 
     def __init__(self, store: ResultStore) -> None:
-        self._store, self._files = store, {}
+        self.store, self._files = store, {}
         self.table = self.everything = SCHEMA.empty_table()
 
     def refresh(self) -> bool:
         """Read what is new; was there anything? Raises ResultsError naming a bad file, StorageError; the tables then stay."""
-        files = self._store._files(self._files)
+        files = self.store._files(self._files)
         if files.keys() == self._files.keys():
             return False
         everything = _union(list(files.values()))
@@ -170,9 +183,34 @@ def _parse(payload: bytes, uri: str) -> pa.Table:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ResultsError(f"{uri} is truncated, damaged or no Parquet file ({error}); {remedy}") from None
-    if unknown := set(pc.unique(table["status"]).to_pylist()) - set(STATUSES):
-        raise ResultsError(f"{uri} has status {', '.join(sorted(unknown))}; it must be one of {', '.join(STATUSES)}; {remedy}")
+    if wrong := _unsound(table):
+        raise ResultsError(f"{uri} has {wrong}; {remedy}")
     return table
+
+
+def _unsound(table: pa.Table) -> str:
+    """What in rows of the right types cannot be a result, '' where nothing is."""
+    if unknown := set(pc.unique(table["status"]).to_pylist()) - set(STATUSES):
+        return f"status {', '.join(sorted(unknown))}; it must be one of {', '.join(STATUSES)}"
+    if not pc.all(pc.less_equal(pc.abs(table["value"]), LARGEST)).as_py() and table["value"].null_count < len(table):
+        return f"a value that is not finite, or larger than {LARGEST:g}"
+    years = pc.min_max(table["finished"].cast(pa.int64())).as_py()
+    if len(table) and not (_FIRST <= years["min"] and years["max"] <= _LAST):
+        return "a time in column 'finished' outside the years 1 to 9999"
+    for name in ("hyperparameters", "distillation"):
+        if wrong := next((text for text in pc.unique(table[name]).to_pylist() if not _is_settings(text)), None):
+            return f"{name} = {wrong[:40]!r}; it must be a JSON object"
+    return ""
+
+
+def _is_settings(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+_FIRST, _LAST = (int(datetime(*day, tzinfo=UTC).timestamp() * 1e6) for day in ((1, 1, 2), (9999, 12, 31)))
 
 
 def _described(column: pa.Field) -> str:

@@ -1,6 +1,11 @@
 // Parts of a page that are refreshed while it is open, and forms that need no button.
 "use strict";
 
+// What something that has the focus is found again by, when its surroundings are new.
+function nameOf(each) {
+  return each.getAttribute("href") ?? each.closest("details")?.id ?? "";
+}
+
 async function refresh(part) {
   if (!document.hidden) {
     try {
@@ -8,9 +13,11 @@ async function refresh(part) {
       const html = answer.ok ? await answer.text() : null;
       if (html !== null && html !== part.dataset.shown) {
         const open = [...part.querySelectorAll("details[open]")].map((each) => each.id);
+        const held = part.contains(document.activeElement) ? nameOf(document.activeElement) : "";
         part.dataset.shown = html;
         part.innerHTML = html;
         part.querySelectorAll("details").forEach((each) => { each.open = open.includes(each.id); });
+        if (held) [...part.querySelectorAll("a, summary")].find((each) => nameOf(each) === held)?.focus({ preventScroll: true });
       }
     } catch {
       // the server has gone; what was shown stays
@@ -31,3 +38,4 @@ document.querySelectorAll("form.filters select").forEach((choice) => {
   choice.addEventListener("change", () => { if (!typed) choice.form.requestSubmit(); });
   choice.addEventListener("blur", () => { if (typed && choice.value !== first) choice.form.requestSubmit(); });
 });
+document.querySelectorAll("input[data-now]").forEach((box) => box.addEventListener("change", () => box.form.requestSubmit()));

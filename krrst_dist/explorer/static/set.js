@@ -20,13 +20,14 @@ if (slider) {
   slider.addEventListener("input", show);
 }
 
-const RADIUS = [2, 4, 4], COLOURS = ["--faint", "--bad", "--link"], REACH = 24;
+const RADIUS = [2, 4, 4], REACH = 24;
 
 class Cloud {
   constructor(part, told) {
     this.part = part;
     this.told = told;
     this.hidden = new Set();
+    this.marks = new Map();
     this.chosen = -1;
     this.canvas = part.querySelector("canvas");
     this.figure = part.querySelector("figure");
@@ -48,6 +49,7 @@ class Cloud {
       this.draw();
     });
     mark.className = `mark kind-${kind}`;
+    this.marks.set(kind, mark);
     label.className = "check";
     label.append(box, mark, title);
     this.part.querySelector(".kinds").append(label);
@@ -69,11 +71,11 @@ class Cloud {
   }
 
   draw() {
-    const style = getComputedStyle(this.part), pen = this.pen, { points, kinds } = this.told;
+    const pen = this.pen, { points } = this.told;
     pen.clearRect(0, 0, this.width, this.height);
-    kinds.forEach((_, kind) => {
+    this.marks.forEach((mark, kind) => {
       if (this.hidden.has(kind)) return;
-      pen.fillStyle = style.getPropertyValue(COLOURS[kind]);
+      pen.fillStyle = getComputedStyle(mark).backgroundColor;
       for (const point of points) {
         if (point[2] !== kind) continue;
         const [x, y] = this.at(point);
@@ -82,7 +84,7 @@ class Cloud {
     });
     if (this.chosen >= 0) {
       const [x, y] = this.at(points[this.chosen]);
-      pen.strokeStyle = style.getPropertyValue("--ink");
+      pen.strokeStyle = getComputedStyle(this.canvas).color;
       pen.lineWidth = 2;
       pen.strokeRect(x - 7, y - 7, 14, 14);
     }
