@@ -348,11 +348,11 @@ def test_an_unknown_spread_is_refused(store):
 BEST, SECOND, WORST = (0.61, 0.64, 0.60), (0.55, 0.60, 0.57), (0.10, 0.90, 0.20)
 
 
-def compared(store: ResultStore, samples: dict[str, tuple[float, ...]], **options) -> PaperTable:
+def compared(store: ResultStore, samples: dict[str, tuple[float, ...]], over: str = "evaluation") -> PaperTable:
     for method, values in samples.items():
         for seed, value in enumerate(values):
             put(store, accuracy=value, method=method, evaluation_seed=seed, set_fingerprint=method)
-    return only(store, significance=True, **options)
+    return only(store, significance=True, over=over)
 
 
 def welch(a: tuple[float, ...], b: tuple[float, ...]) -> float:
@@ -433,7 +433,7 @@ def test_pairs_are_of_equal_distillation_and_evaluation_seeds_and_one_pair_has_n
     put(store, method="Random", distillation_seed=0, evaluation_seed=1, set_fingerprint="theirs")
     put(store, method="KRR-ST", distillation_seed=0, evaluation_seed=0, set_fingerprint="ours")
     put(store, method="Random", distillation_seed=0, evaluation_seed=2, set_fingerprint="theirs")
-    table = only(store, against="Random")
+    table = only(store, against="Random", over="evaluation")
     assert table.difference("KRR-ST", "cifar10") is None and "less Random" not in "".join(map("".join, lines(to_text([table]))[:-2]))
 
 
@@ -568,6 +568,15 @@ def test_methods_are_compared_by_distillation_seeds_unless_the_user_says_otherwi
     assert "distillation seeds, each the mean" in (shown := capsys.readouterr().out) and "+9.50 (3.15 to 15.85)" in shown
     report_main([store.uri, "--against", "Random", "--over", "evaluation"])
     assert "+9.50 (8.93 to 10.07)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("asked", "over"), [
+    ({}, "evaluation"), ({"against": "KRR-ST"}, "distillation"), ({"significance": True}, "distillation"),
+    ({"against": "KRR-ST", "over": "evaluation"}, "evaluation"), ({"over": "distillation"}, "distillation"),
+])
+def test_the_spread_is_over_distillation_seeds_where_methods_are_compared_unless_it_is_said(store, asked, over):
+    put(store)
+    assert only(store, **asked).over == over
 
 
 def test_a_report_finds_the_results_in_a_grids_folder_and_says_when_nothing_fits(store, capsys):

@@ -70,12 +70,12 @@ def show(path: Path, out: str = ".", columns: int = 10, zoom: int | None = None)
         print(f"written: {storage.join(out, name)}")
 
 
-def write_report(uri: Uri, html: str, over: Over = "evaluation", against: str = "") -> None:
+def write_report(uri: Uri, html: str, over: Over | None = None, against: str = "") -> None:
     """Write tables, charts and images as one HTML file that opens without a server or a network.
 
     Args:
         html: file or URI to write.
-        over: what the spread is over: all runs of a method, or its distillation seeds.
+        over: what the spread is over: all runs of a method (the default), or its distillation seeds (the default with --against).
         against: a method that the others are compared with, seed by seed.
     """
     library = Library(uri)
@@ -85,7 +85,7 @@ def write_report(uri: Uri, html: str, over: Over = "evaluation", against: str = 
     known = sorted({run.about["method"] for run in library.runs})
     if against and against not in known:
         raise ResultsError(f"against = {against!r}: no result is of this method; {nearest(against, known)}")
-    storage.write_whole(html, report.html(library, {"over": over, "against": against}).encode())
+    storage.write_whole(html, report.html(library, {"over": over or "", "against": against}).encode())
     print(f"written: {html}")
 
 

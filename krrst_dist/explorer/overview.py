@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from krrst_dist.results import render
-from krrst_dist.results.tables import Over, PaperTable, Run, paper_tables
+from krrst_dist.results.tables import PaperTable, Run, paper_tables
 
 FILTERS = {"source": "source", "task": "task", "target": "target", "architecture": "architecture", "label_fraction": "share of labels",
            "method": "method", "distillation_seed": "distillation seed", "evaluation_seed": "evaluation seed", "commit": "commit"}
 """columns that can be filtered by, and what they are called"""
-SPREADS: Mapping[str, str] = {"evaluation": "all runs", "distillation": "distillation seeds"}
+SPREADS: Mapping[str, str] = {"": "as usual", "evaluation": "all runs", "distillation": "distillation seeds"}
+"""what the spread can be over; as usual: what `paper_tables` takes where nothing is said"""
 PAGE = 12
 """tables on a page"""
 Query = Mapping[str, str]
@@ -69,9 +70,9 @@ def asked(query: Query) -> tuple[tuple[str, str], ...]:
 def tables(runs: Sequence[Run], query: Query) -> list[PaperTable]:
     """The tables that a query asks for."""
     left = chosen(runs, query)
-    against = query.get("against", "")
-    over: Over = "distillation" if query.get("over") == "distillation" else "evaluation"
-    return paper_tables(left, over=over, against=against if any(run.about["method"] == against for run in left) else "")
+    over, against = query.get("over"), query.get("against", "")
+    compared = any(run.about["method"] == against for run in left)
+    return paper_tables(left, over=over if over in SPREADS else None, against=against if compared else "")
 
 
 def shown(found: Sequence[PaperTable]) -> list[Shown]:

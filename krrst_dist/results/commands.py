@@ -74,7 +74,6 @@ def report(uri: Uri, where: Where = (), over: Over | None = None, significance: 
     """
     metrics = {condition.removeprefix("metric=") for condition in where if condition.startswith("metric=")}
     others = [condition for condition in where if not condition.startswith("metric=")]
-    over = over or ("distillation" if significance or against else "evaluation")
     stored = _existing(uri).read()
     chosen = select(stored, others)
     if len(stored) and not len(chosen):

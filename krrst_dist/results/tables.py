@@ -158,14 +158,16 @@ class Run:
     values: dict[str, float | None]
 
 
-def paper_tables(results: pa.Table | Sequence[Run], *, over: Over = "evaluation", significance: bool = False,
+def paper_tables(results: pa.Table | Sequence[Run], *, over: Over | None = None, significance: bool = False,
                  against: str = "") -> list[PaperTable]:
     """All tables that a store's best attempts (`ResultStore.read()`), or some `runs` of them, fill, in the paper's order.
 
     over: what the spread is over. evaluation: every run counts, as in the paper. distillation: one number for each
     distillation seed, the mean of its evaluation seeds; a method without distillation has one for each evaluation seed.
+    None: distillation where methods are compared (significance, against), as runs of one set are not independent; else evaluation.
     against: a method that the others are compared with, by seed. Raises ResultsError for one that no result has.
     """
+    over = over or ("distillation" if significance or against else "evaluation")
     if over not in ("evaluation", "distillation"):
         raise ResultsError(f"over = {over!r}: must be 'evaluation' or 'distillation'")
     chosen = runs(results) if isinstance(results, pa.Table) else results
