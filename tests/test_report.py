@@ -179,7 +179,21 @@ def test_over_distillation_seeds_each_counts_once_with_the_mean_of_its_evaluatio
     assert sorted(over.entry("from scratch", "cifar10").values) == [0.3, 0.4]
     pooled = only(store).entry("KRR-ST", "cifar10")
     assert pooled.n == 5 and pooled.mean == pytest.approx(sum(numbers.values()) / 5)
-    assert "over distillation seeds" in to_text([over]) and "over evaluation seeds" in to_text([only(store)])
+    assert "over distillation seeds" in to_text([over])
+
+
+def test_the_note_says_what_the_runs_behind_a_mean_differ_in(store):
+    """All evaluation seeds of one set in each place, or all runs; a set without a number does not count."""
+    for seed in range(2):
+        put(store, evaluation_seed=seed)
+        put(store, method="Random", distillation_seed=1, evaluation_seed=seed, set_fingerprint="Random 1")
+        put(store, SCRATCH, evaluation_seed=seed)
+    put(store, distillation_seed=2, status="failed")
+    for write in (to_text, to_markdown, to_latex):
+        assert "population std over evaluation seeds; n = 2" in write([only(store)])
+    put(store, distillation_seed=3)
+    for write in (to_text, to_markdown, to_latex):
+        assert "population std over all runs (distillation and evaluation seeds); n = 3" in write([only(store)])
 
 
 def test_a_single_run_has_no_spread(store):

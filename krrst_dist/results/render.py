@@ -95,7 +95,8 @@ def title(table: PaperTable) -> str:
 def notes(table: PaperTable) -> list[str]:
     """What a reader must know to trust the table."""
     runs = _usual_runs(table)
-    spread = "evaluation seeds" if table.over == "evaluation" else \
+    every = "evaluation seeds" if table.one_set_each else "all runs (distillation and evaluation seeds)"
+    spread = every if table.over == "evaluation" else \
         "distillation seeds, each the mean of its evaluation seeds (over evaluation seeds where nothing was distilled)"
     best = f"; best: {'lowest' if table.lower_is_better else 'highest'}{' mean' if runs > 1 else ''}" if table.ranked else ""
     lines = [f"mean ± population std over {spread}; n = {runs} unless stated{best}" if runs > 1 else f"single runs{best}"]

@@ -111,6 +111,11 @@ class PaperTable:
         found = {(run.about["commit"], run.about["dirty"]) for runs_there in self.places.values() for run in runs_there}
         return tuple(sorted({commit[:12] + "+" * dirty for commit, dirty in found}))
 
+    @property
+    def one_set_each(self) -> bool:
+        """Do the runs behind each mean differ in their evaluation seed only?"""
+        return all(len({run.about["distillation_seed"] for run in _counted(there, self.metric)}) < 2 for there in self.places.values())
+
     def entry(self, method: str, column: str) -> Entry:
         return self.entries.get((method, column), Entry())
 
@@ -238,8 +243,13 @@ def _by_subject(runs: Iterable[Run]) -> dict[Subject, list[Run]]:
     return subjects
 
 
-def _entry(runs: list[Run], metric: str, over: Over) -> Entry:
-    numbers = [(run.about, run.values[metric]) for run in runs if run.about["status"] == "ok" and run.values[metric] is not None]
+def _counted(runs: Sequence[Run], metric: str) -> list[Run]:
+    """Those that have a number and did not diverge."""
+    return [run for run in runs if run.about["status"] == "ok" and run.values[metric] is not None]
+
+
+def _entry(runs: Sequence[Run], metric: str, over: Over) -> Entry:
+    numbers = [(run.about, run.values[metric]) for run in _counted(runs, metric)]
     failed = sum(run.about["status"] == "failed" for run in runs)
     by_seed: dict[Any, list[float]] = defaultdict(list)
     for about, value in numbers:
