@@ -76,7 +76,7 @@ def write_report(uri: Uri, html: str, over: Over | None = None, against: str = "
     Args:
         html: file or URI to write.
         over: what the spread is over: all runs of a method (the default), or its distillation seeds (the default with --against).
-        against: a method that the others are compared with, seed by seed.
+        against: a method that the others are compared with, seed by seed where two or more are in common.
     """
     library = Library(uri)
     library.refresh()

@@ -69,7 +69,8 @@ def report(uri: Uri, where: Where = (), over: Over | None = None, significance: 
         over: what the spread is over: all runs of a method (the default), or its distillation seeds, each the mean of its evaluation
             seeds (the default where methods are compared: runs of one set are not independent).
         significance: Welch's t-test of the best against the runner-up, in each column.
-        against: a method that the others are compared with, seed by seed: mean difference and its 95 % interval.
+        against: a method that the others are compared with, seed by seed where two or more are in common: mean difference and its 95 %
+            interval.
         out: folder or URI for report.md, report.csv and report.tex.
     """
     metrics = {condition.removeprefix("metric=") for condition in where if condition.startswith("metric=")}
