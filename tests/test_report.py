@@ -523,6 +523,18 @@ def test_a_difference_that_is_not_paired_says_so_beside_those_that_are(store):
     assert "interval (Student's t); not paired: difference of means" in text
 
 
+@pytest.mark.parametrize(("metric", "ours", "theirs", "shown"), [
+    ("test_loss", (1.221, 1.219), (1.223, 1.227), "-0.005 (-0.043 to 0.033)"),
+    ("test_loss", (1.2, 1.2), (1.2, 1.20001), "0.000 (0.000 to 0.000)"),
+    ("fid", (20.31, 20.33), (20.3, 20.32), "+0.010 (0.010 to 0.010)"), ("accuracy", (0.5, 0.5), (0.5, 0.50002), "0.00 (-0.01 to 0.01)"),
+])
+def test_differences_have_a_digit_more_than_numbers_that_are_no_shares_and_a_zero_has_no_sign(store, metric, ours, theirs, shown):
+    for method, values in (("KRR-ST", ours), ("DM", theirs)):
+        for seed, value in enumerate(values):
+            put(store, accuracy=value, metric=metric, method=method, distillation_seed=seed, set_fingerprint=f"{method} {seed}")
+    assert ["KRR-ST, less DM", shown] in lines(to_text([only(store, against="DM")]))
+
+
 def test_a_baseline_that_stands_alone_is_compared_with_nothing(store):
     put(store)
     put(store, method="DM", target="cars", set_fingerprint="DM")

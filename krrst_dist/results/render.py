@@ -135,16 +135,20 @@ def _grid(table: PaperTable, style: _Style) -> list[list[str]]:
 
 
 def _gain(table: PaperTable, gain: Difference | None, digits: int) -> str:
-    """'+1.20 (0.40 to 2.00)'; how many pairs there are where not every run has one, and that there are none where others have some."""
+    """'+1.20 (0.40 to 2.00)'; how many pairs there are where not every run has one, and that there are none where others have some.
+
+    digits: of the table's numbers. What is no share has one more here, as losses differ by little; a zero has no sign.
+    """
     if gain is None:
         return MISSING
-    scale = 100 if _is_share(table) else 1
-    remarks = [] if gain.low is None else [f"{scale * gain.low:.{digits}f} to {scale * gain.high:.{digits}f}"]
+    scale, digits = (100, digits) if _is_share(table) else (1, digits + 1)
+    mean = round(scale * gain.mean, digits)
+    remarks = [] if gain.low is None else [f"{scale * gain.low:z.{digits}f} to {scale * gain.high:z.{digits}f}"]
     if gain.paired:
         remarks += [f"{gain.pairs} pairs"] if gain.pairs != _usual_runs(table) else []
     elif any(other.paired for other in table.differences.values()):
         remarks.append("not paired")
-    return f"{scale * gain.mean:+.{digits}f}" + (f" ({', '.join(remarks)})" if remarks else "")
+    return "+" * (mean > 0) + f"{mean:z.{digits}f}" + (f" ({', '.join(remarks)})" if remarks else "")
 
 
 def place(table: PaperTable, method: str, column: str) -> str:
