@@ -346,6 +346,29 @@ def test_the_report_opens_without_a_server(site, tmp_path, capsys):
     assert "did you mean 'Random'" in capsys.readouterr().err and not (tmp_path / "x.html").exists()
 
 
+def test_an_html_report_is_narrowed_down_and_tested_as_the_printed_one(tmp_path, capsys):
+    folder, page = several_evaluations(tmp_path), tmp_path / "report.html"
+    options = ["--where", "evaluation_seed=1", "--significance", "--where", "method=Random", "method=KRR-ST"]
+    assert main(["report", str(folder), *options]) == 0
+    printed = re.findall(r"p +(\S+)\n", capsys.readouterr().out)
+    assert main(["report", str(folder), "--html", str(page), *options]) == 0
+    rows = cells_of(page.read_text())
+    assert list(rows) == ["Random", "KRR-ST", "p"] and rows["KRR-ST"] == ["62.20 ± 1.63"] and rows["p"] == printed
+    for refused, complaint in ((["--where", "method=KRR"], "none of the 14 rows fits"), (["--where", "metric"], "must be column=value"),
+                               (["--out", str(tmp_path)], "--html and --out are alternatives")):
+        page.unlink(missing_ok=True)
+        assert main(["report", str(folder), "--html", str(page), *refused]) != 0
+        assert complaint in capsys.readouterr().err and not page.exists()
+    assert main(["report", str(folder), "--html", str(page), "--where", "metric=test_loss"]) == 0
+    assert "There are no results yet" in page.read_text()
+
+
+def test_the_help_of_the_report_lists_html(capsys):
+    with pytest.raises(SystemExit):
+        main(["report", "--help"])
+    assert "--html" in capsys.readouterr().out
+
+
 def test_show_writes_pictures_for_people_on_a_terminal(site, tmp_path, capsys):
     assert main(["show", str(site.folder / "sets/dm-1/seed-0"), "--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"images.png", "start.png", "losses.png"}

@@ -33,11 +33,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Shown:
-    """A table as it is shown. title: also its name in the addresses of other pages."""
+    """A table as it is shown. title: also its name in the addresses of other pages. p: of each column, where tests are asked for."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[tuple[str, Sequence[Place]]]
+    p: Sequence[str]
     notes: Sequence[str]
     table: PaperTable
 
@@ -89,7 +90,7 @@ def _shown(table: PaperTable) -> Shown:
     best = {column: table.best(column) for column in table.columns}
     rows = [(method, [_place(table, method, column, method in best[column]) for column in table.columns])
             for method in table.methods]
-    return Shown(render.title(table), table.columns, rows, render.notes(table), table)
+    return Shown(render.title(table), table.columns, rows, render.p_values(table), render.notes(table), table)
 
 
 def _place(table: PaperTable, method: str, column: str, best: bool) -> Place:

@@ -127,7 +127,7 @@ def _grid(table: PaperTable, style: _Style) -> list[list[str]]:
         cells = {column: style.escape(_place(table, table.entry(method, column), digits, runs)) for column in table.columns}
         lines.append([style.escape(method), *(style.bold(cell) if method in best[column] else cell for column, cell in cells.items())])
     if table.significance:
-        lines.append(["p", *(style.escape(_p(table.p_value(column))) for column in table.columns)])
+        lines.append(["p", *map(style.escape, p_values(table))])
     for method in [m for m in table.methods if any((m, column) in table.differences for column in table.columns)]:
         gains = [_gain(table, table.differences.get((method, column)), digits) for column in table.columns]
         lines.append([style.escape(f"{method}, less {table.against}"), *map(style.escape, gains)])
@@ -160,6 +160,11 @@ def advantage(table: PaperTable, method: str, column: str) -> str:
     """A method less the one that the table is against, as text; '' where there is nothing to compare."""
     found = table.differences.get((method, column))
     return _gain(table, found, _digits(table)) if found else ""
+
+
+def p_values(table: PaperTable) -> list[str]:
+    """Of each column, as text; [] where the table has none."""
+    return [_p(table.p_value(column)) for column in table.columns] if table.significance else []
 
 
 def _place(table: PaperTable, entry: Entry, digits: int, runs: int) -> str:
