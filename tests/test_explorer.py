@@ -115,6 +115,18 @@ def test_welchs_tests_are_of_independent_sets_whatever_the_tables_spread(tmp_pat
     assert against_scratch == pytest.approx(ttest_ind(ours, [0.40, 0.41], equal_var=False).pvalue)
 
 
+@pytest.mark.parametrize(("asked", "methods"), [
+    ({"source": "cifar100"}, ("from scratch", "Random", "KRR-ST")), ({"distillation_seed": "2"}, ("from scratch", "Random", "KRR-ST")),
+    ({"source": "cifar100", "method": "KRR-ST"}, ("KRR-ST",)), ({"method": "KRR-ST", "against": "Random"}, ("Random", "KRR-ST")),
+    ({"method": "KRR-ST", "against": "nobody"}, ("KRR-ST",)),
+])
+def test_filters_leave_runs_without_a_set_and_the_baseline_where_they_stand(tmp_path, asked, methods):
+    library = Library(str(several_evaluations(tmp_path)))
+    library.refresh()
+    [table] = overview.tables(library.runs, asked)
+    assert table.methods == methods and bool(table.differences) == (asked.get("against") == "Random")
+
+
 def test_a_place_of_the_table_leads_to_its_trials_and_their_curves(site):
     address, _ = links(site.page("/"), "62.00")
     page = site.page(address)

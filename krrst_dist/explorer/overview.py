@@ -51,9 +51,13 @@ def as_shown(value: Any, column: str) -> str:
 
 
 def chosen(runs: Sequence[Run], query: Query) -> list[Run]:
-    """The runs that all filters let through."""
-    wanted = {name: query[name] for name in FILTERS if query.get(name)}
-    return [run for run in runs if all(as_shown(run.about[name], name) == value for name, value in wanted.items())]
+    """The runs that all filters let through.
+
+    Those without a set stand in the tables of every source and distillation seed, and those of the baseline beside every method.
+    """
+    always = {"source": "", "distillation_seed": "", "method": query.get("against")}
+    wanted = {name: (query[name], always.get(name)) for name in FILTERS if query.get(name)}
+    return [run for run in runs if all(as_shown(run.about[name], name) in values for name, values in wanted.items())]
 
 
 def options(runs: Sequence[Run]) -> dict[str, list[str]]:
