@@ -168,7 +168,7 @@ def test_a_filter_changes_the_table_as_soon_as_it_is_chosen(page):
     page.get_by_label("target").select_option("cifar10")
     page.wait_for_url("**target=cifar10**")
     assert page.locator("thead th").all_inner_texts() == ["method", "cifar10"]
-    page.get_by_label("less").select_option("Random")
+    page.get_by_label("difference to").select_option("Random")
     page.wait_for_url("**against=Random**")
     assert "+11.00" in page.locator("tr", has_text="KRR-ST").inner_text()
 

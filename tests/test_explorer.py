@@ -29,8 +29,8 @@ import krrst_dist
 from krrst_dist import parquet
 from krrst_dist.artifacts import DistilledSet
 from krrst_dist.cli import main
+from krrst_dist.explorer import compare, overview, server
 from krrst_dist.explorer import library as library_module
-from krrst_dist.explorer import server
 from krrst_dist.explorer.library import Library
 from krrst_dist.explorer.server import hosts_of
 from krrst_dist.feature_map import FILE
@@ -76,6 +76,55 @@ def test_a_filter_narrows_the_table_and_a_baseline_adds_paired_differences(site)
     assert cells_of(page)["KRR-ST"][0].startswith("62.00 ± 1.63 +11.00 (") and len(cells_of(page)["Random"]) == 1
     assert cells_of(site.page("/", distillation_seed="2"))["KRR-ST"] == ["64.00", "64.00"]
     assert "no results that all these filters let through" in site.page("/", target="nowhere")
+
+
+def several_evaluations(folder: Path) -> Path:
+    """Two methods with three sets each, of which each was evaluated twice, beside one without sets."""
+    store = ResultStore(folder / "results", Revision("c0ffee", False))
+    for evaluation in range(2):
+        scratch = replace(cell("from scratch", "cifar10", 0), source="", source_fingerprint="", distillation_seed=None, set_fingerprint="",
+                          distillation={}, evaluation_seed=evaluation)
+        store.write(scratch, outcome(0.40 + 0.01 * evaluation))
+        for seed in range(3):
+            for method, accuracy in (("Random", 0.50 + 0.01 * seed), ("KRR-ST", 0.60 + 0.02 * seed)):
+                store.write(replace(cell(method, "cifar10", seed), evaluation_seed=evaluation), outcome(accuracy + 0.002 * evaluation))
+    return folder
+
+
+def test_the_explorer_and_both_reports_take_the_same_spread_for_the_same_question(tmp_path, capsys):
+    folder = several_evaluations(tmp_path)
+    library = Library(str(folder))
+    library.refresh()
+    for asked, over in (({}, "evaluation"), ({"against": "Random"}, "distillation"),
+                        ({"against": "Random", "over": "evaluation"}, "evaluation")):
+        [one] = overview.shown(overview.tables(library.runs, asked))
+        options = [word for name, value in asked.items() for word in (f"--{name}", value)]
+        assert one.table.over == over
+        assert main(["report", str(folder), *options]) == 0 and one.notes[0] in capsys.readouterr().out
+        assert main(["report", str(folder), "--html", str(tmp_path / "report.html"), *options]) == 0
+        assert one.notes[0] in html.unescape((tmp_path / "report.html").read_text())
+
+
+def test_welchs_tests_are_of_independent_sets_whatever_the_tables_spread(tmp_path):
+    library = Library(str(several_evaluations(tmp_path)))
+    library.refresh()
+    [table] = overview.tables(library.runs, {"over": "evaluation"})
+    against_random, against_scratch = (each.p for each in compare.tests(table, table.methods))
+    ours = [0.601, 0.621, 0.641]
+    assert against_random == pytest.approx(ttest_ind(ours, [0.501, 0.511, 0.521], equal_var=False).pvalue)
+    assert against_scratch == pytest.approx(ttest_ind(ours, [0.40, 0.41], equal_var=False).pvalue)
+
+
+@pytest.mark.parametrize(("asked", "methods"), [
+    ({"source": "cifar100"}, ("from scratch", "Random", "KRR-ST")), ({"distillation_seed": "2"}, ("from scratch", "Random", "KRR-ST")),
+    ({"source": "cifar100", "method": "KRR-ST"}, ("KRR-ST",)), ({"method": "KRR-ST", "against": "Random"}, ("Random", "KRR-ST")),
+    ({"method": "KRR-ST", "against": "nobody"}, ("KRR-ST",)),
+])
+def test_filters_leave_runs_without_a_set_and_the_baseline_where_they_stand(tmp_path, asked, methods):
+    library = Library(str(several_evaluations(tmp_path)))
+    library.refresh()
+    [table] = overview.tables(library.runs, asked)
+    assert table.methods == methods and bool(table.differences) == (asked.get("against") == "Random")
 
 
 def test_a_place_of_the_table_leads_to_its_trials_and_their_curves(site):
@@ -307,6 +356,29 @@ def test_the_report_opens_without_a_server(site, tmp_path, capsys):
     assert not re.search(r'(?:src|href)="(?!data:|#)', text)
     assert main(["report", str(site.folder), "--html", str(tmp_path / "x.html"), "--against", "Randon"]) != 0
     assert "did you mean 'Random'" in capsys.readouterr().err and not (tmp_path / "x.html").exists()
+
+
+def test_an_html_report_is_narrowed_down_and_tested_as_the_printed_one(tmp_path, capsys):
+    folder, page = several_evaluations(tmp_path), tmp_path / "report.html"
+    options = ["--where", "evaluation_seed=1", "--significance", "--where", "method=Random", "method=KRR-ST"]
+    assert main(["report", str(folder), *options]) == 0
+    printed = re.findall(r"p +(\S+)\n", capsys.readouterr().out)
+    assert main(["report", str(folder), "--html", str(page), *options]) == 0
+    rows = cells_of(page.read_text())
+    assert list(rows) == ["Random", "KRR-ST", "p"] and rows["KRR-ST"] == ["62.20 ± 1.63"] and rows["p"] == printed
+    for refused, complaint in ((["--where", "method=KRR"], "none of the 14 rows fits"), (["--where", "metric"], "must be column=value"),
+                               (["--out", str(tmp_path)], "--html and --out are alternatives")):
+        page.unlink(missing_ok=True)
+        assert main(["report", str(folder), "--html", str(page), *refused]) != 0
+        assert complaint in capsys.readouterr().err and not page.exists()
+    assert main(["report", str(folder), "--html", str(page), "--where", "metric=test_loss"]) == 0
+    assert "There are no results yet" in page.read_text()
+
+
+def test_the_help_of_the_report_lists_html(capsys):
+    with pytest.raises(SystemExit):
+        main(["report", "--help"])
+    assert "--html" in capsys.readouterr().out
 
 
 def test_show_writes_pictures_for_people_on_a_terminal(site, tmp_path, capsys):

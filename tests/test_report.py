@@ -8,6 +8,7 @@ import math
 import re
 from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from scipy import stats
@@ -29,6 +30,7 @@ from krrst_dist.results import (
 )
 from krrst_dist.results.layout import CONVNETS
 from krrst_dist.results.render import notes, title
+from krrst_dist.results.tables import Difference
 
 CELL = Cell(method="KRR-ST", source="cifar100", source_fingerprint="5a", target="cifar10", target_fingerprint="cifar10@32", task="finetune",
             architecture="convnet-128-256-512", resolution=32, evaluation_seed=0, distillation_seed=0, set_fingerprint="set 0",
@@ -179,7 +181,21 @@ def test_over_distillation_seeds_each_counts_once_with_the_mean_of_its_evaluatio
     assert sorted(over.entry("from scratch", "cifar10").values) == [0.3, 0.4]
     pooled = only(store).entry("KRR-ST", "cifar10")
     assert pooled.n == 5 and pooled.mean == pytest.approx(sum(numbers.values()) / 5)
-    assert "over distillation seeds" in to_text([over]) and "over evaluation seeds" in to_text([only(store)])
+    assert "over distillation seeds" in to_text([over])
+
+
+def test_the_note_says_what_the_runs_behind_a_mean_differ_in(store):
+    """All evaluation seeds of one set in each place, or all runs; a set without a number does not count."""
+    for seed in range(2):
+        put(store, evaluation_seed=seed)
+        put(store, method="Random", distillation_seed=1, evaluation_seed=seed, set_fingerprint="Random 1")
+        put(store, SCRATCH, evaluation_seed=seed)
+    put(store, distillation_seed=2, status="failed")
+    for write in (to_text, to_markdown, to_latex):
+        assert "population std over evaluation seeds; n = 2" in write([only(store)])
+    put(store, distillation_seed=3)
+    for write in (to_text, to_markdown, to_latex):
+        assert "population std over all runs (distillation and evaluation seeds); n = 3" in write([only(store)])
 
 
 def test_a_single_run_has_no_spread(store):
@@ -348,11 +364,11 @@ def test_an_unknown_spread_is_refused(store):
 BEST, SECOND, WORST = (0.61, 0.64, 0.60), (0.55, 0.60, 0.57), (0.10, 0.90, 0.20)
 
 
-def compared(store: ResultStore, samples: dict[str, tuple[float, ...]], **options) -> PaperTable:
+def compared(store: ResultStore, samples: dict[str, tuple[float, ...]], over: str = "evaluation") -> PaperTable:
     for method, values in samples.items():
         for seed, value in enumerate(values):
             put(store, accuracy=value, method=method, evaluation_seed=seed, set_fingerprint=method)
-    return only(store, significance=True, **options)
+    return only(store, significance=True, over=over)
 
 
 def welch(a: tuple[float, ...], b: tuple[float, ...]) -> float:
@@ -418,31 +434,53 @@ def test_a_method_is_compared_with_another_seed_by_seed(store):
             put(store, accuracy=value, method=method, distillation_seed=seed, set_fingerprint=f"{method} {seed}")
     put(store, accuracy=0.1, method="Random", distillation_seed=7, set_fingerprint="Random 7")  # nobody's pair
     table = only(store, against="Random", over="distillation")
-    gain = table.difference("KRR-ST", "cifar10")
+    gain = table.differences["KRR-ST", "cifar10"]
     half = 4.302653 * 0.02 / math.sqrt(3)
-    assert (gain.mean, gain.low, gain.high) == pytest.approx((0.03, 0.03 - half, 0.03 + half), abs=1e-8) and gain.pairs == 3
-    assert table.difference("Random", "cifar10") is None
+    assert (gain.mean, gain.low, gain.high) == pytest.approx((0.03, 0.03 - half, 0.03 + half), abs=1e-8)
+    assert (gain.pairs, gain.paired) == (3, True) and ("Random", "cifar10") not in table.differences
     assert ["KRR-ST, less Random", "+3.00 (-1.97 to 7.97, 3 pairs)"] in lines(to_text([table]))
-    assert "Student's t" in to_text([table])
+    assert "Student's t" in to_text([table]) and "not paired" not in to_text([table])
     [row] = [row for row in csv.DictReader(io.StringIO(to_csv([table]))) if row["method"] == "KRR-ST"]
     assert (row["against"], float(row["difference"]), row["pairs"]) == ("Random", gain.mean, "3")
 
 
-def test_pairs_are_of_equal_distillation_and_evaluation_seeds_and_one_pair_has_no_interval(store):
-    put(store, method="KRR-ST", distillation_seed=0, evaluation_seed=1, set_fingerprint="ours")
-    put(store, method="Random", distillation_seed=0, evaluation_seed=1, set_fingerprint="theirs")
-    put(store, method="KRR-ST", distillation_seed=0, evaluation_seed=0, set_fingerprint="ours")
-    put(store, method="Random", distillation_seed=0, evaluation_seed=2, set_fingerprint="theirs")
-    table = only(store, against="Random")
-    assert table.difference("KRR-ST", "cifar10") is None and "less Random" not in "".join(map("".join, lines(to_text([table]))[:-2]))
+def test_pairs_are_of_equal_distillation_and_evaluation_seeds_and_one_pair_alone_is_none(store):
+    put(store, accuracy=0.6, method="KRR-ST", distillation_seed=0, evaluation_seed=1, set_fingerprint="ours")
+    put(store, accuracy=0.5, method="Random", distillation_seed=0, evaluation_seed=1, set_fingerprint="theirs")
+    put(store, accuracy=0.8, method="KRR-ST", distillation_seed=0, evaluation_seed=0, set_fingerprint="ours")
+    put(store, accuracy=0.6, method="Random", distillation_seed=0, evaluation_seed=2, set_fingerprint="theirs")
+    gain = only(store, against="Random", over="evaluation").differences["KRR-ST", "cifar10"]
+    assert gain.mean == pytest.approx(0.15) and not gain.paired
 
 
-def test_runs_that_are_not_averaged_are_not_paired_either(store):
+@pytest.mark.parametrize("seed", range(50))
+def test_without_pairs_the_interval_of_a_difference_is_welchs(seed):
+    """As scipy has it, whatever the sizes and the spreads."""
+    rng = np.random.default_rng(seed)
+    ours, theirs = (rng.normal(rng.normal(), 10.0 ** rng.integers(-6, 6), rng.integers(2, 9)).tolist() for _ in range(2))
+    gain = Difference.of(*(Entry(tuple(values), seeds=tuple((name, i) for i in range(len(values))))
+                           for name, values in (("ours", ours), ("theirs", theirs))))
+    expected = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval()
+    assert (gain.low, gain.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
+    assert gain.mean == pytest.approx(np.mean(ours) - np.mean(theirs)) and not gain.paired
+
+
+def test_a_difference_of_equal_numbers_is_known_and_one_of_single_runs_has_no_interval():
+    def gain(ours: tuple[float, ...], theirs: tuple[float, ...]) -> Difference | None:
+        return Difference.of(Entry(ours, seeds=tuple(range(len(ours)))), Entry(theirs, seeds=tuple(range(7, 7 + len(theirs)))))
+
+    assert gain((0.75, 0.75), (0.5, 0.5)) == Difference(0.25, 0.25, 0.25, pairs=0)
+    assert gain((0.75, 0.75), (0.5, 0.25)).low == pytest.approx(0.375 - 12.706205 * 0.125)  # one degree of freedom
+    assert gain((0.75,), (0.5, 0.25)) == Difference(0.375, None, None, pairs=0)
+    assert gain((0.75,), ()) is gain((), (0.75,)) is None
+
+
+def test_runs_that_are_not_averaged_are_not_compared_either(store):
     for seed in range(2):
         put(store, method="Random", distillation_seed=seed, set_fingerprint=f"theirs {seed}")
         for lr in (0.1, 0.2):
             put(store, method="KRR-ST", distillation_seed=seed, set_fingerprint=f"ours {seed}", hyperparameters={"task": {"lr": lr}})
-    assert only(store, against="Random").difference("KRR-ST", "cifar10") is None
+    assert only(store, against="Random").differences == {}
 
 
 def test_a_comparison_with_an_unknown_method_is_refused(store):
@@ -451,11 +489,56 @@ def test_a_comparison_with_an_unknown_method_is_refused(store):
         only(store, against="KRRST")
 
 
-def test_a_method_that_has_no_seed_in_common_is_told_so(store):
-    put(store, method="KRR-ST")
-    put(store, SCRATCH)
-    text = to_text([only(store, against="from scratch", over="distillation")])
-    assert "less from scratch: no method has two seeds in common with it" in text and "Student" not in text
+def test_a_baseline_without_a_seed_in_common_is_compared_by_means_and_the_note_says_so(store):
+    for seed, (ours, theirs) in enumerate([(0.61, 0.50), (0.63, 0.56)]):
+        put(store, accuracy=ours, distillation_seed=seed)
+        put(store, SCRATCH, theirs, evaluation_seed=seed)
+    table = only(store, against="from scratch")
+    expected = stats.ttest_ind([61, 63], [50, 56], equal_var=False).confidence_interval()
+    shown = f"+9.00 ({expected.low:.2f} to {expected.high:.2f})"
+    for write in (to_text, to_markdown, to_latex):
+        written = write([table]).replace("\\", "")
+        assert shown in written and "less from scratch: not paired: difference of means, Welch's 95 % interval" in written
+        assert "Student" not in written
+    [row] = [row for row in csv.DictReader(io.StringIO(to_csv([table]))) if row["method"] == "KRR-ST"]
+    assert (float(row["difference"]), float(row["difference_low"])) == pytest.approx((0.09, expected.low / 100)) and row["pairs"] == "0"
+
+
+def test_a_store_with_one_seed_each_has_bare_differences(store):
+    put(store, accuracy=0.6)
+    put(store, method="DM", accuracy=0.5, set_fingerprint="DM")
+    table = only(store, against="DM")
+    assert ["KRR-ST, less DM", "+10.00"] in lines(to_text([table]))
+    [row] = [row for row in csv.DictReader(io.StringIO(to_csv([table]))) if row["method"] == "KRR-ST"]
+    assert (row["difference_low"], row["difference_high"], row["pairs"]) == ("", "", "0")
+
+
+def test_a_difference_that_is_not_paired_says_so_beside_those_that_are(store):
+    for seed in range(2):
+        put(store, accuracy=0.6 + 0.01 * seed, distillation_seed=seed)
+        put(store, accuracy=0.5 + 0.01 * seed, method="DM", distillation_seed=seed, set_fingerprint=f"DM {seed}")
+    put(store, SCRATCH, 0.4)
+    text = to_text([only(store, against="DM")])
+    assert ["KRR-ST, less DM", "+10.00 (10.00 to 10.00)"] in lines(text) and ["from scratch, less DM", "-10.50 (not paired)"] in lines(text)
+    assert "interval (Student's t); not paired: difference of means" in text
+
+
+@pytest.mark.parametrize(("metric", "ours", "theirs", "shown"), [
+    ("test_loss", (1.221, 1.219), (1.223, 1.227), "-0.005 (-0.043 to 0.033)"),
+    ("test_loss", (1.2, 1.2), (1.2, 1.20001), "0.000 (0.000 to 0.000)"),
+    ("fid", (20.31, 20.33), (20.3, 20.32), "+0.010 (0.010 to 0.010)"), ("accuracy", (0.5, 0.5), (0.5, 0.50002), "0.00 (-0.01 to 0.01)"),
+])
+def test_differences_have_a_digit_more_than_numbers_that_are_no_shares_and_a_zero_has_no_sign(store, metric, ours, theirs, shown):
+    for method, values in (("KRR-ST", ours), ("DM", theirs)):
+        for seed, value in enumerate(values):
+            put(store, accuracy=value, metric=metric, method=method, distillation_seed=seed, set_fingerprint=f"{method} {seed}")
+    assert ["KRR-ST, less DM", shown] in lines(to_text([only(store, against="DM")]))
+
+
+def test_a_baseline_that_stands_alone_is_compared_with_nothing(store):
+    put(store)
+    put(store, method="DM", target="cars", set_fingerprint="DM")
+    assert "less DM: there is nothing to compare with it" in to_text([only(store, against="DM")])
 
 
 # formats
@@ -568,6 +651,15 @@ def test_methods_are_compared_by_distillation_seeds_unless_the_user_says_otherwi
     assert "distillation seeds, each the mean" in (shown := capsys.readouterr().out) and "+9.50 (3.15 to 15.85)" in shown
     report_main([store.uri, "--against", "Random", "--over", "evaluation"])
     assert "+9.50 (8.93 to 10.07)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("asked", "over"), [
+    ({}, "evaluation"), ({"against": "KRR-ST"}, "distillation"), ({"significance": True}, "distillation"),
+    ({"against": "KRR-ST", "over": "evaluation"}, "evaluation"), ({"over": "distillation"}, "distillation"),
+])
+def test_the_spread_is_over_distillation_seeds_where_methods_are_compared_unless_it_is_said(store, asked, over):
+    put(store)
+    assert only(store, **asked).over == over
 
 
 def test_a_report_finds_the_results_in_a_grids_folder_and_says_when_nothing_fits(store, capsys):

@@ -10,13 +10,13 @@ from aiohttp import web
 
 from krrst_dist import storage
 from krrst_dist.artifacts import DistilledSet
-from krrst_dist.config import ConfigError, nearest
+from krrst_dist.config import ConfigError
 from krrst_dist.explorer import pictures, report
 from krrst_dist.explorer.library import Library, SetPlace
 from krrst_dist.explorer.server import application, hosts_of
 from krrst_dist.explorer.set_files import SetFiles
 from krrst_dist.results import ResultsError
-from krrst_dist.results.tables import Over
+from krrst_dist.results.commands import Report, asked_report
 
 Uri = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URI", help="--out of a grid or a run, or a results folder")]
 Path = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH", help="a distilled set, or a run's folder")]
@@ -70,28 +70,19 @@ def show(path: Path, out: str = ".", columns: int = 10, zoom: int | None = None)
         print(f"written: {storage.join(out, name)}")
 
 
-def write_report(uri: Uri, html: str, over: Over = "evaluation", against: str = "") -> None:
-    """Write tables, charts and images as one HTML file that opens without a server or a network.
-
-    Args:
-        html: file or URI to write.
-        over: what the spread is over: all runs of a method, or its distillation seeds.
-        against: a method that the others are compared with, seed by seed.
-    """
-    library = Library(uri)
+def write_report(asked: Report) -> None:
+    """Write tables, charts and images as one HTML file that opens without a server or a network."""
+    library = Library(asked.uri)
     library.refresh()
     if library.problem:
         raise ResultsError(library.problem)
-    known = sorted({run.about["method"] for run in library.runs})
-    if against and against not in known:
-        raise ResultsError(f"against = {against!r}: no result is of this method; {nearest(against, known)}")
-    storage.write_whole(html, report.html(library, {"over": over, "against": against}).encode())
-    print(f"written: {html}")
+    storage.write_whole(asked.html, report.html(library, asked.tables(library.results), {}).encode())
+    print(f"written: {asked.html}")
 
 
 def report_main(arguments: list[str]) -> None:
     """`krrst report URI --html FILE [--options]`."""
-    tyro.cli(write_report, args=arguments, prog="krrst report")
+    write_report(asked_report(arguments))
 
 
 def explore_main(arguments: list[str]) -> None:

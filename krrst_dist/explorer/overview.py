@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from krrst_dist.results import render
-from krrst_dist.results.tables import Over, PaperTable, Run, paper_tables
+from krrst_dist.results.tables import PaperTable, Run, paper_tables
 
 FILTERS = {"source": "source", "task": "task", "target": "target", "architecture": "architecture", "label_fraction": "share of labels",
            "method": "method", "distillation_seed": "distillation seed", "evaluation_seed": "evaluation seed", "commit": "commit"}
 """columns that can be filtered by, and what they are called"""
-SPREADS: Mapping[str, str] = {"evaluation": "all runs", "distillation": "distillation seeds"}
+SPREADS: Mapping[str, str] = {"": "as usual", "evaluation": "all runs", "distillation": "distillation seeds"}
+"""what the spread can be over; as usual: what `paper_tables` takes where nothing is said"""
 PAGE = 12
 """tables on a page"""
 Query = Mapping[str, str]
@@ -32,11 +33,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Shown:
-    """A table as it is shown. title: also its name in the addresses of other pages."""
+    """A table as it is shown. title: also its name in the addresses of other pages. p: of each column, where tests are asked for."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[tuple[str, Sequence[Place]]]
+    p: Sequence[str]
     notes: Sequence[str]
     table: PaperTable
 
@@ -49,9 +51,13 @@ def as_shown(value: Any, column: str) -> str:
 
 
 def chosen(runs: Sequence[Run], query: Query) -> list[Run]:
-    """The runs that all filters let through."""
-    wanted = {name: query[name] for name in FILTERS if query.get(name)}
-    return [run for run in runs if all(as_shown(run.about[name], name) == value for name, value in wanted.items())]
+    """The runs that all filters let through.
+
+    Those without a set stand in the tables of every source and distillation seed, and those of the baseline beside every method.
+    """
+    always = {"source": "", "distillation_seed": "", "method": query.get("against")}
+    wanted = {name: (query[name], always.get(name)) for name in FILTERS if query.get(name)}
+    return [run for run in runs if all(as_shown(run.about[name], name) in values for name, values in wanted.items())]
 
 
 def options(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -69,9 +75,9 @@ def asked(query: Query) -> tuple[tuple[str, str], ...]:
 def tables(runs: Sequence[Run], query: Query) -> list[PaperTable]:
     """The tables that a query asks for."""
     left = chosen(runs, query)
-    against = query.get("against", "")
-    over: Over = "distillation" if query.get("over") == "distillation" else "evaluation"
-    return paper_tables(left, over=over, against=against if any(run.about["method"] == against for run in left) else "")
+    over, against = query.get("over"), query.get("against", "")
+    compared = any(run.about["method"] == against for run in left)
+    return paper_tables(left, over=over if over in SPREADS else None, against=against if compared else "")
 
 
 def shown(found: Sequence[PaperTable]) -> list[Shown]:
@@ -88,7 +94,7 @@ def _shown(table: PaperTable) -> Shown:
     best = {column: table.best(column) for column in table.columns}
     rows = [(method, [_place(table, method, column, method in best[column]) for column in table.columns])
             for method in table.methods]
-    return Shown(render.title(table), table.columns, rows, render.notes(table), table)
+    return Shown(render.title(table), table.columns, rows, render.p_values(table), render.notes(table), table)
 
 
 def _place(table: PaperTable, method: str, column: str, best: bool) -> Place:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import resources
 
@@ -11,16 +12,16 @@ from krrst_dist.explorer import compare, overview, pages, pictures
 from krrst_dist.explorer.library import Library
 from krrst_dist.explorer.overview import Query
 from krrst_dist.explorer.set_files import SetFiles
+from krrst_dist.results.tables import PaperTable
 from krrst_dist.storage import StorageError
 
 IMAGES = 100
 """of each set"""
 
 
-def html(library: Library, query: Query | None = None) -> str:
-    """The report, of what a query lets through."""
-    query = query or {}
-    found = overview.shown(overview.tables(library.runs, query))
+def html(library: Library, tables: Sequence[PaperTable], query: Query) -> str:
+    """The report. query: that let these tables through."""
+    found = overview.shown(tables)
     charts = [pages.picture(compare.bars(one.table, compare.methods(one.table, ())), f"bars: {one.title}")
               for one in found if one.table.ranked]
     style = resources.files(__package__).joinpath("static", "style.css").read_text()

@@ -233,7 +233,7 @@ def download(request: Request) -> Answer:
         write = {"csv": render.to_csv, "tex": render.to_latex, "md": render.to_markdown}[kind]
         return File(_encoded(write(request.tables)), _TEXT[kind], request.part)
     if request.part == "report.html":
-        return File(_encoded(report.html(library, request.query)), "text/html", "report.html")
+        return File(_encoded(report.html(library, request.tables, request.query)), "text/html", "report.html")
     if name in COMPARISONS and kind in CHARTS and (table := _table(request)):
         if drawn := COMPARISONS[name](table, compare.methods(table, request.methods), request.query.get("column", ""), kind):
             return File(drawn, CHARTS[kind], request.part)

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import sys
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ from krrst_dist.config import flatten, nearest
 from krrst_dist.results import render
 from krrst_dist.results.schema import SCHEMA, ResultsError
 from krrst_dist.results.store import ResultStore
-from krrst_dist.results.tables import Over, paper_tables
+from krrst_dist.results.tables import Over, PaperTable, paper_tables
 
 Uri = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URI", help="the store: a folder or a URI (s3://...)")]
 Where = Annotated[tuple[str, ...], tyro.conf.arg(
@@ -33,14 +34,44 @@ SHOWN = ("method", "source", "target", "task", "architecture", "label_fraction",
 JSON_COLUMNS = ("hyperparameters", "distillation", "package_versions")
 
 
+@dataclass(frozen=True)
+class Report:
+    """Print the paper's tables of what is in a store: mean and population std, best marked, missing cells as such."""
+
+    uri: Uri
+    where: Where = ()
+    over: Over | None = None
+    """what the spread is over: all runs of a method (the default), or its distillation seeds, each the mean of its evaluation seeds (the
+    default where methods are compared: runs of one set are not independent)"""
+    significance: bool = False
+    """Welch's t-test of the best against the runner-up, in each column"""
+    against: str = ""
+    """a method that the others are compared with, seed by seed where two or more are in common: mean difference and its 95 % interval"""
+    out: str | None = None
+    """folder or URI for report.md, report.csv and report.tex"""
+    html: str | None = None
+    """file or URI to write them to as one page instead, with charts and images; it opens without a server or a network"""
+
+    def tables(self, stored: pa.Table) -> list[PaperTable]:
+        """The tables that are asked for, of a store's best attempts. Raises ResultsError where no row fits."""
+        metrics = {condition.removeprefix("metric=") for condition in self.where if condition.startswith("metric=")}
+        others = [condition for condition in self.where if not condition.startswith("metric=")]
+        chosen = select(stored, others)
+        if len(stored) and not len(chosen):
+            raise ResultsError(f"--where {' '.join(others)}: none of the {len(stored)} rows fits; `krrst results show {self.uri}` lists "
+                               f"them")
+        found = paper_tables(chosen, over=self.over, significance=self.significance, against=self.against)
+        return [table for table in found if not metrics or table.metric in metrics]  # after: a failed cell has none, and must show
+
+
 def results_main(arguments: list[str]) -> None:
     """`krrst results merge|show|export URI [--options]`."""
     tyro.extras.subcommand_cli_from_dict({"merge": merge, "show": show, "export": export}, args=_gathered(arguments), prog="krrst results")
 
 
 def report_main(arguments: list[str]) -> None:
-    """`krrst report URI [--options]`."""
-    tyro.cli(report, args=_gathered(arguments), prog="krrst report")
+    """`krrst report URI [--options]`, without --html: that is the explorer's."""
+    report(asked_report(arguments))
 
 
 def _gathered(arguments: list[str]) -> list[str]:
@@ -59,33 +90,23 @@ def _gathered(arguments: list[str]) -> list[str]:
     return [*others, "--where", *conditions] if conditions else others
 
 
-def report(uri: Uri, where: Where = (), over: Over | None = None, significance: bool = False, against: str = "",
-           out: str | None = None) -> None:
-    """Print the paper's tables of what is in a store: mean and population std, best marked, missing cells as such.
+def asked_report(arguments: list[str]) -> Report:
+    """What `krrst report URI [--options]` asks for. Raises ResultsError for options that exclude each other."""
+    asked = tyro.cli(Report, args=_gathered(arguments), prog="krrst report")
+    if asked.html is not None and asked.out is not None:
+        raise ResultsError("--html and --out are alternatives: one page with charts and images, or report.md, report.csv and report.tex; "
+                           "give one of them, and call krrst report twice for both")
+    return asked
 
-    `krrst report URI --html FILE` writes them with charts and images as one page instead.
 
-    Args:
-        over: what the spread is over: all runs of a method (the default), or its distillation seeds, each the mean of its evaluation
-            seeds (the default where methods are compared: runs of one set are not independent).
-        significance: Welch's t-test of the best against the runner-up, in each column.
-        against: a method that the others are compared with, seed by seed: mean difference and its 95 % interval.
-        out: folder or URI for report.md, report.csv and report.tex.
-    """
-    metrics = {condition.removeprefix("metric=") for condition in where if condition.startswith("metric=")}
-    others = [condition for condition in where if not condition.startswith("metric=")]
-    over = over or ("distillation" if significance or against else "evaluation")
-    stored = _existing(uri).read()
-    chosen = select(stored, others)
-    if len(stored) and not len(chosen):
-        raise ResultsError(f"--where {' '.join(others)}: none of the {len(stored)} rows fits; `krrst results show {uri}` lists them")
-    tables = paper_tables(chosen, over=over, significance=significance, against=against)
-    tables = [table for table in tables if not metrics or table.metric in metrics]  # after: a failed cell has none, and must show
+def report(asked: Report) -> None:
+    """Print the tables, and write them where --out says."""
+    tables = asked.tables(_existing(asked.uri).read())
     print(render.to_text(tables), end="")
-    if out is not None:
+    if asked.out is not None:
         for name, written in {"report.md": render.to_markdown, "report.csv": render.to_csv, "report.tex": render.to_latex}.items():
-            storage.write_whole(storage.join(out, name), written(tables).encode())
-        print(f"\nwritten: {storage.join(out, 'report.md')}, report.csv and report.tex")
+            storage.write_whole(storage.join(asked.out, name), written(tables).encode())
+        print(f"\nwritten: {storage.join(asked.out, 'report.md')}, report.csv and report.tex")
 
 
 def merge(uri: Uri) -> None:

@@ -64,7 +64,8 @@ def to_latex(tables: Iterable[PaperTable]) -> str:
 
 
 def to_csv(tables: Iterable[PaperTable]) -> str:
-    """A line for each place of each table, numbers as stored and in full; a place without a number has an empty mean."""
+    """A line for each place of each table, numbers as stored and in full; a place without a number has an empty mean, and a difference
+    that is not paired 0 pairs."""
     sink = io.StringIO()
     writer = csv.writer(sink, lineterminator="\n")
     writer.writerow(["table", "task", "source", "resolution", "architecture", "target", "label_fraction", "metric", "spread_over",
@@ -77,7 +78,7 @@ def to_csv(tables: Iterable[PaperTable]) -> str:
                 p_value = table.p_value(column) if table.significance and best else None
                 line = [table.subject.paper, *table.subject, table.metric, table.over, method, column, entry.mean, entry.std, entry.n,
                         entry.diverged, entry.failed, entry.state, int(best), p_value]
-                gain = table.difference(method, column)
+                gain = table.differences.get((method, column))
                 line += [table.against, gain.mean, gain.low, gain.high, gain.pairs] if gain else [table.against, None, None, None, 0]
                 writer.writerow([spreadsheet_safe(value) if isinstance(value, str) else value for value in line])
     return sink.getvalue()
@@ -95,19 +96,26 @@ def title(table: PaperTable) -> str:
 def notes(table: PaperTable) -> list[str]:
     """What a reader must know to trust the table."""
     runs = _usual_runs(table)
-    spread = "evaluation seeds" if table.over == "evaluation" else \
+    every = "evaluation seeds" if table.one_set_each else "all runs (distillation and evaluation seeds)"
+    spread = every if table.over == "evaluation" else \
         "distillation seeds, each the mean of its evaluation seeds (over evaluation seeds where nothing was distilled)"
     best = f"; best: {'lowest' if table.lower_is_better else 'highest'}{' mean' if runs > 1 else ''}" if table.ranked else ""
     lines = [f"mean ± population std over {spread}; n = {runs} unless stated{best}" if runs > 1 else f"single runs{best}"]
     lines += [f"p: Welch's t-test of the best against the runner-up; {MISSING}: too few runs"] if table.significance else []
-    paired = any(table.difference(method, column) for method, column in table.entries)
-    lines += [f"less {table.against}: difference of the runs with the same seeds, mean and its 95 % interval (Student's t)" if paired else
-              f"less {table.against}: no method has two seeds in common with it"] if table.against else []
+    lines += [f"less {table.against}: {'; '.join(_comparisons(table))}"] if table.against else []
     lines += ["a method with diverged runs is not ranked"] if any(e.diverged and e.n for e in table.entries.values()) else []
     lines += [f"{method}, {column}: not averaged, there are {entry.mixed}; narrow it down with --where"
               for (method, column), entry in sorted(table.entries.items()) if entry.mixed]
     dirty = " (+: with uncommitted changes)" if any(commit.endswith("+") for commit in table.commits) else ""
     return [*lines, f"commit {', '.join(table.commits)}{dirty}"]
+
+
+def _comparisons(table: PaperTable) -> list[str]:
+    """How methods are compared with the one that the table is against."""
+    paired = {difference.paired for difference in table.differences.values()}
+    found = ["difference of the runs with the same seeds, mean and its 95 % interval (Student's t)"] if True in paired else []
+    found += ["not paired: difference of means, Welch's 95 % interval"] if False in paired else []
+    return found or ["there is nothing to compare with it"]
 
 
 def _grid(table: PaperTable, style: _Style) -> list[list[str]]:
@@ -119,21 +127,28 @@ def _grid(table: PaperTable, style: _Style) -> list[list[str]]:
         cells = {column: style.escape(_place(table, table.entry(method, column), digits, runs)) for column in table.columns}
         lines.append([style.escape(method), *(style.bold(cell) if method in best[column] else cell for column, cell in cells.items())])
     if table.significance:
-        lines.append(["p", *(style.escape(_p(table.p_value(column))) for column in table.columns)])
-    for method in [m for m in table.methods if any(table.difference(m, column) for column in table.columns)]:
-        gains = [_gain(table, table.difference(method, column), digits) for column in table.columns]
+        lines.append(["p", *map(style.escape, p_values(table))])
+    for method in [m for m in table.methods if any((m, column) in table.differences for column in table.columns)]:
+        gains = [_gain(table, table.differences.get((method, column)), digits) for column in table.columns]
         lines.append([style.escape(f"{method}, less {table.against}"), *map(style.escape, gains)])
     return lines
 
 
 def _gain(table: PaperTable, gain: Difference | None, digits: int) -> str:
-    """'+1.20 (0.40 to 2.00)'; how many pairs there are where not every run has one."""
+    """'+1.20 (0.40 to 2.00)'; how many pairs there are where not every run has one, and that there are none where others have some.
+
+    digits: of the table's numbers. What is no share has one more here, as losses differ by little; a zero has no sign.
+    """
     if gain is None:
         return MISSING
-    scale = 100 if _is_share(table) else 1
-    low, high = (f"{scale * bound:.{digits}f}" for bound in (gain.low, gain.high))
-    pairs = "" if gain.pairs == _usual_runs(table) else f", {gain.pairs} pairs"
-    return f"{scale * gain.mean:+.{digits}f} ({low} to {high}{pairs})"
+    scale, digits = (100, digits) if _is_share(table) else (1, digits + 1)
+    mean = round(scale * gain.mean, digits)
+    remarks = [] if gain.low is None else [f"{scale * gain.low:z.{digits}f} to {scale * gain.high:z.{digits}f}"]
+    if gain.paired:
+        remarks += [f"{gain.pairs} pairs"] if gain.pairs != _usual_runs(table) else []
+    elif any(other.paired for other in table.differences.values()):
+        remarks.append("not paired")
+    return "+" * (mean > 0) + f"{mean:z.{digits}f}" + (f" ({', '.join(remarks)})" if remarks else "")
 
 
 def place(table: PaperTable, method: str, column: str) -> str:
@@ -142,9 +157,14 @@ def place(table: PaperTable, method: str, column: str) -> str:
 
 
 def advantage(table: PaperTable, method: str, column: str) -> str:
-    """A method less the one that the table is against, as text; '' where there is nothing to pair."""
-    found = table.difference(method, column) if table.against else None
+    """A method less the one that the table is against, as text; '' where there is nothing to compare."""
+    found = table.differences.get((method, column))
     return _gain(table, found, _digits(table)) if found else ""
+
+
+def p_values(table: PaperTable) -> list[str]:
+    """Of each column, as text; [] where the table has none."""
+    return [_p(table.p_value(column)) for column in table.columns] if table.significance else []
 
 
 def _place(table: PaperTable, entry: Entry, digits: int, runs: int) -> str:

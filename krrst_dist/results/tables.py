@@ -64,31 +64,48 @@ class Entry:
 
 @dataclass(frozen=True)
 class Difference:
-    """A method's numbers less another's, paired by seed: their mean, and its 95 % interval by Student's t."""
+    """A method's numbers less another's: their mean, and its 95 % interval by Student's t, None where either has one run only.
+
+    pairs: the seeds that are in both, by which numbers are paired; 0: there are not two, and it is the difference of the means.
+    """
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     pairs: int
+
+    @property
+    def paired(self) -> bool:
+        return self.pairs > 0
 
     @classmethod
     def of(cls, ours: Entry, theirs: Entry) -> Difference | None:
-        """None where fewer than two seeds are in both."""
+        """None where either has no mean."""
+        if not (ours.n and theirs.n):
+            return None
         other = dict(zip(theirs.seeds, theirs.values, strict=True))
         gains = [value - other[seed] for seed, value in zip(ours.seeds, ours.values, strict=True) if seed in other]
-        if len(gains) < 2 or ours.mixed or theirs.mixed:
-            return None
+        if len(gains) > 1:
+            return cls._within(fmean(gains), stdev(gains) / sqrt(len(gains)), len(gains) - 1, len(gains))
+        if min(ours.n, theirs.n) < 2:
+            return cls(ours.mean - theirs.mean, None, None, 0)
+        error, freedom = _welch(ours, theirs)
+        return cls._within(ours.mean - theirs.mean, error, freedom, 0)
+
+    @classmethod
+    def _within(cls, mean: float, error: float, freedom: float, pairs: int) -> Difference:
+        """The interval of a mean with that standard error and so many degrees of freedom."""
         from scipy.stats import t  # slow to import, and rarely asked for
 
-        mean, half = fmean(gains), float(t.ppf(0.975, len(gains) - 1)) * stdev(gains) / sqrt(len(gains))
-        return cls(mean, mean - half, mean + half, len(gains))
+        half = float(t.ppf(0.975, freedom)) * error
+        return cls(mean, mean - half, mean + half, pairs)
 
 
 @dataclass(frozen=True)
 class PaperTable:
     """One table. places: the runs behind each (method, column); a pair that is not in it has not been run.
 
-    against: the method that all others are compared with, pair by pair; '' for none.
+    against: the method that all others are compared with; '' for none.
     """
 
     subject: Subject
@@ -110,6 +127,18 @@ class PaperTable:
         """Of the code behind the numbers; + for uncommitted changes."""
         found = {(run.about["commit"], run.about["dirty"]) for runs_there in self.places.values() for run in runs_there}
         return tuple(sorted({commit[:12] + "+" * dirty for commit, dirty in found}))
+
+    @property
+    def one_set_each(self) -> bool:
+        """Do the runs behind each mean differ in their evaluation seed only?"""
+        return all(len({run.about["distillation_seed"] for run in _counted(there, self.metric)}) < 2 for there in self.places.values())
+
+    @cached_property
+    def differences(self) -> dict[tuple[str, str], Difference]:
+        """Each method less the one that `against` names, where both have a number."""
+        found = {(method, column): Difference.of(self.entry(method, column), self.entry(self.against, column))
+                 for method, column in self.places if method != self.against}
+        return {place: difference for place, difference in found.items() if difference}
 
     def entry(self, method: str, column: str) -> Entry:
         return self.entries.get((method, column), Entry())
@@ -145,10 +174,6 @@ class PaperTable:
 
         return float(ttest_ind(*samples, equal_var=False).pvalue)
 
-    def difference(self, method: str, column: str) -> Difference | None:
-        """A method less the one that `against` names; None where there is nothing to pair."""
-        return Difference.of(self.entry(method, column), self.entry(self.against, column)) if method != self.against else None
-
 
 @dataclass
 class Run:
@@ -158,14 +183,16 @@ class Run:
     values: dict[str, float | None]
 
 
-def paper_tables(results: pa.Table | Sequence[Run], *, over: Over = "evaluation", significance: bool = False,
+def paper_tables(results: pa.Table | Sequence[Run], *, over: Over | None = None, significance: bool = False,
                  against: str = "") -> list[PaperTable]:
     """All tables that a store's best attempts (`ResultStore.read()`), or some `runs` of them, fill, in the paper's order.
 
     over: what the spread is over. evaluation: every run counts, as in the paper. distillation: one number for each
     distillation seed, the mean of its evaluation seeds; a method without distillation has one for each evaluation seed.
-    against: a method that the others are compared with, by seed. Raises ResultsError for one that no result has.
+    None: distillation where methods are compared (significance, against), as runs of one set are not independent; else evaluation.
+    against: a method that the others are compared with. Raises ResultsError for one that no result has.
     """
+    over = over or ("distillation" if significance or against else "evaluation")
     if over not in ("evaluation", "distillation"):
         raise ResultsError(f"over = {over!r}: must be 'evaluation' or 'distillation'")
     chosen = runs(results) if isinstance(results, pa.Table) else results
@@ -208,6 +235,15 @@ def _std(values: Sequence[float]) -> float:
     return 0.0 if min(values) == max(values) else sqrt(fmean((value - mean) * (value - mean) for value in values))
 
 
+def _welch(ours: Entry, theirs: Entry) -> tuple[float, float]:
+    """Standard error of the difference of two means, and its degrees of freedom by Welch and Satterthwaite."""
+    parts = [entry.std ** 2 / (entry.n - 1) for entry in (ours, theirs)]  # sample variance / n
+    error = sqrt(sum(parts))
+    if not error:
+        return 0.0, 1.0
+    return error, 1 / sum((part / sum(parts)) ** 2 / (entry.n - 1) for part, entry in zip(parts, (ours, theirs), strict=True))
+
+
 def _tell_versions_apart(abouts: list[dict[str, Any]], name: Literal["source", "target"]) -> None:
     """Where a data set has several fingerprints at one resolution and task (another crop, another split), put them into its name."""
     versions: dict[Any, set[str]] = defaultdict(set)
@@ -236,8 +272,13 @@ def _by_subject(runs: Iterable[Run]) -> dict[Subject, list[Run]]:
     return subjects
 
 
-def _entry(runs: list[Run], metric: str, over: Over) -> Entry:
-    numbers = [(run.about, run.values[metric]) for run in runs if run.about["status"] == "ok" and run.values[metric] is not None]
+def _counted(runs: Sequence[Run], metric: str) -> list[Run]:
+    """Those that have a number and did not diverge."""
+    return [run for run in runs if run.about["status"] == "ok" and run.values[metric] is not None]
+
+
+def _entry(runs: Sequence[Run], metric: str, over: Over) -> Entry:
+    numbers = [(run.about, run.values[metric]) for run in _counted(runs, metric)]
     failed = sum(run.about["status"] == "failed" for run in runs)
     by_seed: dict[Any, list[float]] = defaultdict(list)
     for about, value in numbers:
