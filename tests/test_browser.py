@@ -130,7 +130,8 @@ def test_the_feature_space_shows_the_image_under_the_pointer_and_by_the_arrow_ke
     page.locator(".kinds label").nth(2).wait_for()
     assert page.locator(".kinds label").all_inner_texts() == ["targets of real images", "Y_s", "features of X_s"]
     assert cloud.evaluate("""canvas => {
-        const pixels = new Uint32Array(canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.buffer), seen = new Map();
+        const pixels = new Uint32Array(canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.buffer);
+        const seen = new Map();
         for (const pixel of pixels) if (pixel >>> 24 === 255) seen.set(pixel, (seen.get(pixel) ?? 0) + 1);
         return [...seen.values()].filter(count => count >= 16).length; }""") >= 3, "a colour for each kind of point"
     cloud.focus()

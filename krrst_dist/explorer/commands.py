@@ -13,6 +13,7 @@ from krrst_dist.artifacts import DistilledSet
 from krrst_dist.config import ConfigError
 from krrst_dist.explorer import pictures, report
 from krrst_dist.explorer.library import Library, SetPlace
+from krrst_dist.explorer.request import encoded
 from krrst_dist.explorer.server import application, hosts_of
 from krrst_dist.explorer.set_files import SetFiles
 from krrst_dist.results import ResultsError
@@ -76,7 +77,9 @@ def write_report(asked: Report) -> None:
     library.refresh()
     if library.problem:
         raise ResultsError(library.problem)
-    storage.write_whole(asked.html, report.html(library, asked.tables(library.results), {}).encode())
+    if not library.runs and not library.sets():
+        raise ResultsError(f"URI = {asked.uri!r}: holds neither results nor distilled sets; give the --out of a grid or of a run")
+    storage.write_whole(asked.html, encoded(report.html(library, asked.tables(library.results), {})))
     print(f"written: {asked.html}")
 
 
