@@ -35,11 +35,11 @@ def main(uri: str, folder: str) -> None:
         page.locator("tbody tr").first.get_by_role("link").click()
         take(page, folder, "trial")
         page.goto("/sets")
-        for link in page.locator(".sets a").all():
-            page.goto(f"{link.get_attribute('href')}&nearest=1&zoom=64")
+        take(page, folder, "sets")
+        for address in page.locator(".sets a").evaluate_all("links => links.map(link => link.href)"):
+            page.goto(f"{address}&start=1&nearest=1&zoom=64")
             if page.locator(".cloud").count():
                 break
-            page.go_back()
         take(page, folder, "set")
         if page.locator(".cloud").count():
             page.locator(".kinds label").first.wait_for()
