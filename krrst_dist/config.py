@@ -7,7 +7,6 @@ planned, and nothing here touches torch, Ray or a file: YAML is read in `presets
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -23,15 +22,12 @@ from pydantic import (
 )
 
 from krrst_dist import plugins
+from krrst_dist.setting_names import ConfigError, flatten, nearest
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 
 DEFAULT_METHOD = "krr_st"
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used: says which field, its value, the rule and the remedy."""
 
 
 class Settings(BaseModel):
@@ -277,20 +273,6 @@ class Config(Settings):
         steps, no_matter = self.distill, {"seed", "engine.threads", "distill.slices", "evaluate.networks"}
         settings = self.trajectory() | {"distill.updates": steps.updates, "distill.decay_updates": steps.horizon}
         return {key: value for key, value in settings.items() if key not in no_matter}
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """' Did you mean X?' for the closest known name, or the list of all."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
 def parse(tree: dict[str, Any]) -> Config:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from krrst_dist.config import ConfigError
+from krrst_dist.setting_names import ConfigError
 
 PROJECT = Path(__file__).resolve().parents[1]
 """The folder that holds the krrst_dist package: the project's root, or Ray's copy of it inside a job."""

@@ -15,8 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from krrst_dist.config import ConfigError
 from krrst_dist.paths import PROJECT
+from krrst_dist.setting_names import ConfigError
 
 COMMIT, DIRTY = "KRRST_COMMIT", "KRRST_DIRTY"
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from krrst_dist import paths
-from krrst_dist.config import ConfigError
+from krrst_dist.setting_names import ConfigError
 
 
 class StorageError(ValueError):

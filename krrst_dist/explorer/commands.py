@@ -10,7 +10,6 @@ from aiohttp import web
 
 from krrst_dist import storage
 from krrst_dist.artifacts import DistilledSet
-from krrst_dist.config import ConfigError
 from krrst_dist.explorer import pictures, report
 from krrst_dist.explorer.library import Library, SetPlace
 from krrst_dist.explorer.request import encoded
@@ -18,6 +17,7 @@ from krrst_dist.explorer.server import application, hosts_of
 from krrst_dist.explorer.set_files import SetFiles
 from krrst_dist.results import ResultsError
 from krrst_dist.results.commands import Report, asked_report
+from krrst_dist.setting_names import ConfigError
 
 Uri = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URI", help="--out of a grid or a run, or a results folder")]
 Path = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH", help="a distilled set, or a run's folder")]

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from krrst_dist.config import flatten
 from krrst_dist.explorer import charts
 from krrst_dist.explorer.charts import Format
 from krrst_dist.results import render
 from krrst_dist.results.tables import PaperTable, Run
+from krrst_dist.setting_names import flatten
 
 SHOWN = 40
 """methods in a chart: drawing is slow, and nobody tells more of them apart"""

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from krrst_dist.artifacts import DistilledSet
-from krrst_dist.config import flatten
 from krrst_dist.explorer import charts
 from krrst_dist.explorer.set_files import SetFiles
 from krrst_dist.feature_map import KINDS, FeatureMap
+from krrst_dist.setting_names import flatten
 from krrst_dist.sheets import sheet, to_pixels, to_png
 
 DRAWN = 1e300

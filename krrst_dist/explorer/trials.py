@@ -11,11 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from krrst_dist.config import flatten
 from krrst_dist.explorer.library import Library
 from krrst_dist.explorer.overview import Query, named
 from krrst_dist.explorer.tune_records import Experiment
 from krrst_dist.results.tables import PaperTable
+from krrst_dist.setting_names import flatten
 from krrst_dist.storage import StorageError
 
 PAGE = 100

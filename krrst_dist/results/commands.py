@@ -17,11 +17,11 @@ import pyarrow.compute as pc
 import tyro
 
 from krrst_dist import parquet, storage
-from krrst_dist.config import flatten, nearest
 from krrst_dist.results import render
 from krrst_dist.results.schema import SCHEMA, ResultsError
 from krrst_dist.results.store import ResultStore
 from krrst_dist.results.tables import Over, PaperTable, paper_tables
+from krrst_dist.setting_names import flatten, nearest
 
 Uri = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URI", help="the store: a folder or a URI (s3://...)")]
 Where = Annotated[tuple[str, ...], tyro.conf.arg(

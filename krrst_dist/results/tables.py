@@ -20,11 +20,11 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from krrst_dist.config import flatten, nearest
 from krrst_dist.results import layout
 from krrst_dist.results.columns import codes
 from krrst_dist.results.layout import Subject
 from krrst_dist.results.schema import NO_METRIC, UNKNOWN, ResultsError
+from krrst_dist.setting_names import flatten, nearest
 
 Over = Literal["evaluation", "distillation"]
 
@@ -249,8 +249,9 @@ def _tell_versions_apart(abouts: list[dict[str, Any]], name: Literal["source", "
     versions: dict[Any, set[str]] = defaultdict(set)
     for about in abouts:
         versions[about[name], about["resolution"], about["task"]].add(about[f"{name}_fingerprint"])
-    for about in abouts:
-        if len(versions[about[name], about["resolution"], about["task"]] - {""}) > 1:
+    several = {place for place, found in versions.items() if len(found - {""}) > 1}
+    for about in abouts if several else ():
+        if (about[name], about["resolution"], about["task"]) in several:
             about[name] += f" ({about[f'{name}_fingerprint'][:8] or 'unknown version'})"
 
 
