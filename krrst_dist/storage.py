@@ -57,55 +57,38 @@ def write_whole(uri: str | Path, payload: bytes) -> None:
 
 def read_whole(uri: str | Path) -> bytes:
     """A file's bytes. Raises FileNotFoundError when it is not there, StorageError when it cannot be read."""
-    path = local_path(uri)
-    try:
+    with _reading(uri) as (path, system, name):
         if path is not None:
-            _require_file(path)
             return path.read_bytes()
-        system, name = fs.FileSystem.from_uri(str(uri))
         with system.open_input_stream(name) as stream:
             return stream.read()
-    except FileNotFoundError:
-        raise
-    except (OSError, pa.ArrowException) as error:
-        raise StorageError(f"cannot read {uri}: {error}") from error
 
 
 def read_start(uri: str | Path, count: int) -> bytes:
     """A file's first bytes, at most `count`. Raises what `read_whole` raises."""
-    path = local_path(uri)
-    try:
-        if path is not None:
-            _require_file(path)
-        system, name = _open(uri)
-        with system.open_input_stream(name) as stream:
-            return stream.read(count)
-    except FileNotFoundError:
-        raise
-    except (OSError, pa.ArrowException) as error:
-        raise StorageError(f"cannot read {uri}: {error}") from error
+    with _reading(uri) as (_, system, name), system.open_input_stream(name) as stream:
+        return stream.read(count)
 
 
 def read_end(uri: str | Path, count: int) -> bytes:
     """A file's last bytes, at most `count`. Raises what `read_whole` raises."""
+    with _reading(uri) as (_, system, name), system.open_input_file(name) as file:
+        file.seek(max(0, file.size() - count))
+        return file.read(count)
+
+
+@contextmanager
+def _reading(uri: str | Path) -> Iterator[tuple[Path | None, fs.FileSystem, str]]:
+    """Where a file is to be read. To read a pipe or a device could take for ever, so it is refused."""
     path = local_path(uri)
     try:
-        if path is not None:
-            _require_file(path)
-        system, name = _open(uri)
-        with system.open_input_file(name) as file:
-            file.seek(max(0, file.size() - count))
-            return file.read(count)
+        if path is not None and not stat.S_ISREG(path.stat().st_mode):
+            raise OSError("it is no file")
+        yield path, *_open(uri)
     except FileNotFoundError:
         raise
     except (OSError, pa.ArrowException) as error:
         raise StorageError(f"cannot read {uri}: {error}") from error
-
-
-def _require_file(path: Path) -> None:
-    """To read a pipe or a device could take for ever."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError("it is no file")
 
 
 def digest(uri: str | Path) -> str:
