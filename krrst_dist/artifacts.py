@@ -174,12 +174,15 @@ def read_header(uri: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str, 
 
 
 def _header_length(uri: str | Path) -> int:
-    length = int.from_bytes(storage.read_start(uri, 8), "little")
+    start = storage.read_start(uri, 8)
+    if len(start) < 8:
+        raise _no_safetensors(uri, f"{len(start)} bytes")
+    length = int.from_bytes(start, "little")
     if length > HEADER:
         raise ArtifactError(f"{uri} begins with a header of {storage.in_words(length)}, as it says: it is no safetensors file, or one that "
                             f"was made to exhaust memory; do not use it")
     return length
 
 
-def _no_safetensors(uri: str | Path, error: Exception) -> ArtifactError:
+def _no_safetensors(uri: str | Path, error: Exception | str) -> ArtifactError:
     return ArtifactError(f"{uri} is truncated or no safetensors file ({error}); restore it from its source or an earlier checkpoint")
