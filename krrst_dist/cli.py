@@ -211,9 +211,9 @@ def _results(arguments: list[str]) -> int | None:
 
 
 def _explore(arguments: list[str]) -> int | None:
-    from krrst_dist.explorer import commands
+    from krrst_dist.explorer import explore
 
-    return commands.explore_main(arguments)
+    return explore.explore_main(arguments)
 
 
 def _show(arguments: list[str]) -> int | None:

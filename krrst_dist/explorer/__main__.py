@@ -2,7 +2,7 @@
 
 import sys
 
-from krrst_dist.explorer.commands import explore_main
+from krrst_dist.explorer.explore import explore_main
 
 try:
     explore_main(sys.argv[1:])

@@ -1,44 +1,22 @@
-"""What is typed: `krrst explore URI`, `krrst report URI --html FILE`, `krrst show PATH`."""
+"""What is typed to get files: `krrst report URI --html FILE`, `krrst show PATH`."""
 
 from __future__ import annotations
 
-import socket
 from typing import Annotated
 
 import tyro
-from aiohttp import web
 
 from krrst_dist import storage
 from krrst_dist.artifacts import DistilledSet
 from krrst_dist.explorer import pictures, report
 from krrst_dist.explorer.library import Library, SetPlace
 from krrst_dist.explorer.request import encoded
-from krrst_dist.explorer.server import application, hosts_of
 from krrst_dist.explorer.set_files import SetFiles
 from krrst_dist.results import ResultsError
 from krrst_dist.results.commands import Report, asked_report
 from krrst_dist.setting_names import ConfigError
 
-Uri = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URI", help="--out of a grid or a run, or a results folder")]
 Path = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH", help="a distilled set, or a run's folder")]
-
-
-def explore(uri: Uri, host: str = "127.0.0.1", port: int = 8501) -> None:
-    """Show results, trials and distilled sets in a browser. Only reads; Ctrl-C ends it.
-
-    Args:
-        host: address to listen at. The default is this machine alone; from elsewhere: ssh -L PORT:127.0.0.1:PORT THIS_MACHINE.
-        port: 0 takes any that is free.
-    """
-    library = Library(uri)
-    library.refresh()
-    try:
-        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"host = {host!r}, port = {port}: cannot listen there ({error}); give another --port, 0 for any") from None
-    shown = f"[{host}]" if ":" in host else host
-    print(f"http://{shown}:{listening.getsockname()[1]}/  shows {uri}; Ctrl-C ends it", flush=True)
-    web.run_app(application(library, hosts=hosts_of(host)), sock=listening, print=None, access_log=None)
 
 
 def show(path: Path, out: str = ".", columns: int = 10, zoom: int | None = None) -> None:
@@ -86,11 +64,6 @@ def write_report(asked: Report) -> None:
 def report_main(arguments: list[str]) -> None:
     """`krrst report URI --html FILE [--options]`."""
     write_report(asked_report(arguments))
-
-
-def explore_main(arguments: list[str]) -> None:
-    """`krrst explore URI [--options]`."""
-    tyro.cli(explore, args=arguments, prog="krrst explore")
 
 
 def show_main(arguments: list[str]) -> None:

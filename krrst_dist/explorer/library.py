@@ -64,19 +64,22 @@ class Library:
         """why the results are not those that lie there, in a sentence"""
         self._read = _Read([], self._follower.everything, self._follower.table)
 
+    def begin(self) -> threading.Thread | None:
+        """Begin to look for what has been added, unless that was done just before; the look that goes on, if one does."""
+        with self._lock:
+            if self._looking is None and time.monotonic() - self._looked >= SECONDS:
+                self._looking = threading.Thread(target=self._look, daemon=True)
+                self._looking.start()
+            return self._looking
+
     def refresh(self) -> None:
         """Look for what has been added, unless that was done just before.
 
         A look that takes longer than PATIENCE goes on in the background, and what was read before is shown meanwhile; only the first one
         is waited for.
         """
-        with self._lock:
-            first = self._looked == float("-inf")
-            if self._looking is None and time.monotonic() - self._looked >= SECONDS:
-                self._looking = threading.Thread(target=self._look, daemon=True)
-                self._looking.start()
-            looking = self._looking
-        if looking is not None:
+        first = self._looked == float("-inf")
+        if (looking := self.begin()) is not None:
             looking.join(None if first else PATIENCE)
 
     def _store(self) -> ResultStore:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import socket
 from collections.abc import Awaitable, Callable
 from importlib import resources
 from typing import Any
@@ -39,6 +40,11 @@ def application(library: Library, *, hosts: frozenset[str] | None) -> web.Applic
     app.router.add_get("/static/{part}", _static)
     app.router.add_get("/{part:.*}", _handler(library, answers.show_nothing))
     return app
+
+
+def serve(app: web.Application, listening: socket.socket) -> None:
+    """Answer until Ctrl-C."""
+    web.run_app(app, sock=listening, print=None, access_log=None)
 
 
 def hosts_of(address: str) -> frozenset[str] | None:

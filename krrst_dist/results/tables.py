@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from krrst_dist.results import layout
-from krrst_dist.results.columns import codes
+from krrst_dist.results.columns import codes, values
 from krrst_dist.results.layout import Subject
 from krrst_dist.results.schema import NO_METRIC, UNKNOWN, ResultsError
 from krrst_dist.setting_names import flatten, nearest
@@ -221,8 +221,9 @@ def runs(results: pa.Table) -> list[Run]:
               "distillation", "commit", "dirty"]
     cells = codes(results["cell"])
     firsts = np.unique(cells, return_index=True)[1]
-    found = [Run(about, {}) for about in results.select(wanted).take(pa.array(firsts)).to_pylist()]
-    for cell, metric, value in zip(cells.tolist(), results["metric"].to_pylist(), results["value"].to_pylist(), strict=True):
+    of_cells = results.select(wanted).take(pa.array(firsts))
+    found = [Run(dict(zip(wanted, row, strict=True)), {}) for row in zip(*map(values, of_cells.columns), strict=True)]
+    for cell, metric, value in zip(cells.tolist(), values(results["metric"]), results["value"].to_pylist(), strict=True):
         found[cell].values[metric] = value
     for name in ("source", "target"):
         _tell_versions_apart([run.about for run in found], name)
