@@ -14,20 +14,26 @@ from pathlib import Path
 
 import pytest
 from cluster_site import DASHBOARD, Site, site, wait
+from hosts import Host
 
 pytestmark = pytest.mark.cluster
 
 RUN = ("--preset quickstart --repeats 1 --target.steps 100 --distill.updates 240 --distill.shards 3 --distill.batch 255 "
        "--distill.pool.max-steps 60 --engine.checkpoint-every 20 --evaluate.every 1000 --evaluate.networks 1 "
        "--evaluate.pretrain.steps 20 --evaluate.probe.steps 20")
+ACTOR = "^ray::Actor"
 BEFORE = 40  # updates done when something happens
+CACHE = "/root/.cache/krrst_dist"
+"""where prepared data lie on each host"""
 DEADLINE = 900  # seconds for a run that takes a minute on two idle cores
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Site]:
-    """Three hosts of one CPU each, as `ray up` leaves them."""
+    """Three hosts of one CPU and a small disk for prepared data each, as `ray up` leaves them."""
     with site() as made:
+        for host in made.hosts.values():
+            host.run(f"mkdir -p {CACHE} && mount -t tmpfs -o size=64m cache {CACHE}")
         began = time.monotonic()
         made.up()
         print(f"\nray up: {time.monotonic() - began:.0f} s until {len(made.hosts)} hosts had joined")
@@ -52,6 +58,14 @@ def steps(site: Site, out: str) -> dict[int, int]:
     return {int(step): int(incarnation) for step, incarnation in re.findall(r"/step-(\d+)-(\d+)/manifest.json<", site.listing(out))}
 
 
+@dataclass(frozen=True)
+class Moment:
+    """When something befalls a run, and what checkpoint it has by then."""
+
+    at: float
+    step: int
+
+
 @dataclass
 class Running:
     """A job that was submitted from the laptop, and its output."""
@@ -62,6 +76,15 @@ class Running:
 
     def said(self) -> str:
         return self.log.read_text()
+
+    def now(self) -> Moment:
+        return Moment(time.monotonic(), max(steps(self.site, self.out)))
+
+    def until_further(self, than: Moment, after: str) -> None:
+        """Wait until it has a later checkpoint than it had, or has ended, and say how long that took."""
+        wait(lambda: self.process.poll() is not None or max(steps(self.site, self.out)) > than.step, "the next checkpoint",
+             deadline_s=DEADLINE)
+        print(f"\n{after}: {time.monotonic() - than.at:.0f} s until there was a checkpoint after the one of update {than.step}", flush=True)
 
     def end(self) -> int:
         """Wait for it. Gives its exit status."""
@@ -85,7 +108,7 @@ def distilling(cluster, undisturbed, tmp_path, request) -> Iterator[Running]:
 
 def working(site: Site) -> list[str]:
     """The hosts that have actors of a run."""
-    return [name for name, host in site.hosts.items() if host.processes("^ray::Actor")]
+    return [name for name, host in site.hosts.items() if host.processes(ACTOR)]
 
 
 def test_a_job_without_the_token_is_refused(cluster):
@@ -110,68 +133,96 @@ def test_three_hosts_distil_what_one_machine_does(cluster, undisturbed, tmp_path
     assert "finished, update 240 of 240" in status.stdout
 
 
-def ends_as_if_undisturbed(run: Running, undisturbed: str, *, since: float) -> None:
-    """Wait for the run's end, and say how long after `since`, when something befell it, it was further than before."""
-    before = max(steps(run.site, run.out))
-    wait(lambda: run.process.poll() is not None or max(steps(run.site, run.out)) > before, "the next checkpoint", deadline_s=DEADLINE)
-    print(f"\n{run.out}: {time.monotonic() - since:.0f} s until the checkpoint after update {before}", flush=True)
+def ends_as_if_undisturbed(run: Running, undisturbed: str) -> None:
     assert run.end() == 0, run.said()
     assert fingerprint(run.site, run.out) == undisturbed, run.said()
 
 
+def a_worker(site: Site) -> Host:
+    """A host that has actors of a run, and not its driver."""
+    return next(site.hosts[name] for name in working(site) if name != "head")
+
+
+def kill(host: Host, pattern: str, how: str = "KILL") -> None:
+    host.run(f"kill -{how} " + " ".join(map(str, host.processes(pattern))))
+
+
+def test_an_actor_killed_where_the_disk_is_full_and_then_storage_that_stands_still_for_a_minute(distilling, undisturbed):
+    cluster, before = distilling.site, distilling.now()
+    distilling.until_further(before, "nothing")
+    lost, before = a_worker(cluster), distilling.now()
+    filled = lost.run(f"cat /dev/zero > {CACHE}/another", check=False)
+    assert "No space left" in filled.stdout
+    kill(lost, ACTOR)
+    distilling.until_further(before, "an actor killed, the disk of its host full")
+    assert "was lost" in distilling.said()
+    before = distilling.now()
+    kill(cluster.laptop, "moto.server", "STOP")
+    time.sleep(60)
+    kill(cluster.laptop, "moto.server", "CONT")
+    distilling.until_further(before, "storage that stood still for 60 s")
+    lost.run(f"rm {CACHE}/another")
+    ends_as_if_undisturbed(distilling, undisturbed)
+
+
 def test_a_worker_host_that_loses_power(distilling, undisturbed):
-    cluster, since = distilling.site, time.monotonic()
-    lost = next(cluster.hosts[name] for name in working(cluster) if name != "head")
+    cluster, before = distilling.site, distilling.now()
+    lost = a_worker(cluster)
     lost.power_off()
-    ends_as_if_undisturbed(distilling, undisturbed, since=since)
+    distilling.until_further(before, "a worker host without power")
+    ends_as_if_undisturbed(distilling, undisturbed)
     assert "was lost" in distilling.said()
     lost.boot()
     cluster.wait_for_nodes(3)
 
 
 def test_a_host_that_is_cut_off_and_comes_back_is_no_second_writer(distilling, undisturbed):
-    cluster, since = distilling.site, time.monotonic()
-    lost = next(cluster.hosts[name] for name in working(cluster) if name != "head")
-    before = lost.processes("^ray::Actor")
+    cluster, before = distilling.site, distilling.now()
+    lost = a_worker(cluster)
+    actors = lost.processes(ACTOR)
     lost.cut()
     wait(lambda: "was lost" in distilling.said() or "has not answered" in distilling.said(), "the loss to be noticed", deadline_s=DEADLINE)
     lost.heal()
-    ends_as_if_undisturbed(distilling, undisturbed, since=since)
-    wait(lambda: not set(before) & set(lost.processes("^ray::Actor")), "the actor of before to be gone", deadline_s=120)
+    distilling.until_further(before, "a worker host cut off")
+    ends_as_if_undisturbed(distilling, undisturbed)
+    wait(lambda: not set(actors) & set(lost.processes(ACTOR)), "the actor of before to be gone", deadline_s=120)
     assert 1 not in steps(cluster, distilling.out).values()  # the incarnation that the lost actor was of
     cluster.wait_for_nodes(3)
 
 
 def test_a_host_that_stands_still_for_half_a_minute_is_waited_for(distilling, undisturbed):
-    cluster, since = distilling.site, time.monotonic()
+    cluster, before = distilling.site, distilling.now()
     slow = cluster.hosts[working(cluster)[0]]
-    slow.run("kill -STOP " + " ".join(map(str, slow.processes("^ray::Actor"))))
+    kill(slow, ACTOR, "STOP")
     time.sleep(30)
-    slow.run("kill -CONT " + " ".join(map(str, slow.processes("^ray::Actor"))))
-    ends_as_if_undisturbed(distilling, undisturbed, since=since)
+    kill(slow, ACTOR, "CONT")
+    distilling.until_further(before, "an actor that stood still for 30 s")
+    ends_as_if_undisturbed(distilling, undisturbed)
     assert "was lost" not in distilling.said() and "has not answered" not in distilling.said()
 
 
 def test_the_driver_and_a_worker_host_at_once(distilling, undisturbed):
-    cluster, since = distilling.site, time.monotonic()
-    lost = next(cluster.hosts[name] for name in working(cluster) if name != "head")
+    cluster, before = distilling.site, distilling.now()
+    lost = a_worker(cluster)
     lost.power_off()
-    head = cluster.hosts["head"]
-    head.run("kill -KILL " + " ".join(map(str, head.processes("python jobs/distill_imagenet.py"))))
+    kill(cluster.hosts["head"], "python jobs/distill_imagenet.py")
     assert distilling.end() != 0
     again = Running(cluster, distilling.out, distilling.log)
-    ends_as_if_undisturbed(again, undisturbed, since=since)
+    again.until_further(before, "the driver and a worker host, the job submitted again")
+    ends_as_if_undisturbed(again, undisturbed)
     lost.boot()
     cluster.wait_for_nodes(3)
 
 
 def test_the_head_is_restarted_and_the_job_resubmitted(distilling, undisturbed):
-    cluster, since = distilling.site, time.monotonic()
+    cluster, before = distilling.site, distilling.now()
     cluster.hosts["head"].power_off()
     cluster.hosts["head"].boot()
     assert distilling.end() != 0
     cluster.up()
-    ends_as_if_undisturbed(Running(cluster, distilling.out, distilling.log), undisturbed, since=since)
+    again = Running(cluster, distilling.out, distilling.log)
+    again.until_further(before, "the head restarted, `ray up`, the job submitted again")
+    ends_as_if_undisturbed(again, undisturbed)
 
 
 def test_ray_down_ends_the_cluster(cluster):
