@@ -16,7 +16,7 @@ from torch import nn
 
 import krrst_dist
 from krrst_dist.algorithm import PoolMember, meta_gradient
-from krrst_dist.bench import main, measure
+from krrst_dist.bench import main, measure, overhead
 from krrst_dist.bench.cost import Cost, Overhead
 from krrst_dist.bench.engine import bench_engine
 from krrst_dist.bench.explorer import bench_explorer
@@ -29,6 +29,7 @@ from krrst_dist.bench.textbook import TextbookStep, crop_and_flip
 from krrst_dist.bench.update import bench_update
 from krrst_dist.config import ConfigError
 from krrst_dist.evaluation.target_model import load_target
+from krrst_dist.on_ray.errors import LostActor
 from krrst_dist.presets_and_grids import load_preset
 
 X_SYN, Y_SYN, X_REAL, Y_REAL = problem()
@@ -183,6 +184,19 @@ def test_the_model_of_the_overhead_finds_the_constants_that_made_it():
     measured = [Measured("store", "any", size, actors, [made.seconds(size, actors)] * 3) for size in (10**7, 10**8) for actors in (1, 2, 8)]
     found = Overhead.fit(measured)
     assert [found.start, found.actor, found.byte, found.byte_actor] == pytest.approx([2e-3, 1e-3, 3e-9, 1e-9], rel=1e-6)
+
+
+def test_updates_that_are_too_much_for_the_machine_cost_their_own_line_only(monkeypatch, capsys):
+    def measure(way, start, actors, rounds):
+        if (way, actors) == ("collective", 2):
+            raise LostActor("actor 1 was lost: out of memory")
+        return [0.1 * actors] * rounds
+
+    monkeypatch.setattr(overhead, "_measure", measure)
+    measured = overhead.measure_overhead(presets=["quickstart"], actors=[1, 2], rounds=3)
+    assert "quickstart, collective, 2 actors: no figure: actor 1 was lost: out of memory" in capsys.readouterr().out
+    table = overhead.report(measured, {way: Overhead(0, 0.1, 0, 0) for way in overhead.WAYS}, update=1.0)
+    assert len(measured) == 4 and table.count("| an actor was lost, see above |") == 1 and table.count("| 200 (200-200) |") == 1
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):

@@ -80,7 +80,7 @@ def bench_engine(*, preset: str = "cifar100", rounds: int = 5, threads: int | No
     result = EngineTimes(*overhead.values(), *speed_up.values(), null)
     print(_report(result, one, threads, device))
     if null:
-        models = {way: Overhead.fit([one for one in null if one.way == way]) for way in WAYS}
+        models = {way: Overhead.fit([one for one in null if one.way == way and one.seconds]) for way in WAYS}
         print("", report(null, models, statistics.median(result.store)), sep="\n")
     return result
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from krrst_dist.bench.cost import Overhead
 from krrst_dist.bench.problem import Problem
 from krrst_dist.methods.common.protocol import Stateless
 from krrst_dist.on_ray.aggregate import CollectiveAggregator, ObjectStoreAggregator
+from krrst_dist.on_ray.errors import LostActor
 from krrst_dist.on_ray.group import WorkerGroup
 from krrst_dist.on_ray.sliced import Layout
 from krrst_dist.presets_and_grids import load_preset
@@ -41,7 +42,7 @@ class NullPart(Stateless):
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds an update beyond a serial one's, as measured. size: bytes of X_s and Y_s."""
+    """Seconds an update beyond a serial one's, as measured; none where an actor was lost. size: bytes of X_s and Y_s."""
 
     way: str
     preset: str
@@ -51,21 +52,25 @@ class Measured:
 
 
 def measure_overhead(*, presets: Sequence[str], actors: Sequence[int], rounds: int) -> list[Measured]:
-    """Both ways, all sizes, all numbers of actors, each `rounds` times. On the cluster that this process is in. Says how far it is."""
+    """Both ways, all sizes, all numbers of actors, each `rounds` times. On the cluster that this process is in. Says how far it is, and
+    goes on where one of them is too much for this machine."""
     found = []
     for preset in presets:
-        for count in actors:
-            for way in WAYS:
-                found.append(_measure(way, preset, count, rounds))
-                print(f"{preset}, {way}, {count} actors: {1e3 * statistics.median(found[-1].seconds):.3g} ms", flush=True)
+        start = Problem(load_preset(preset)).start()
+        for count, way in product(actors, WAYS):
+            try:
+                seconds = _measure(way, start, count, rounds)
+                said = f"{1e3 * statistics.median(seconds):.3g} ms"
+            except LostActor as lost:
+                seconds, said = [], f"no figure: {lost}"
+            found.append(Measured(way, preset, sum(value.nbytes for value in start), count, seconds))
+            print(f"{preset}, {way}, {count} actors: {said}", flush=True)
     return found
 
 
-def _measure(way: str, preset: str, actors: int, rounds: int) -> Measured:
-    start = Problem(load_preset(preset)).start()
+def _measure(way: str, start: Sequence[Tensor], actors: int, rounds: int) -> list[float]:
     shapes = [tuple(value.shape) for value in start]
-    with ExitStack() as stack:
-        group = stack.enter_context(WorkerGroup(Layout(actors, 1, actors), threads=1))
+    with WorkerGroup(Layout(actors, 1, actors), threads=1) as group:
         group.start()
         group.build(partial(NullPart, shapes=shapes))
         alone, outer = _outer(start), _outer(start)
@@ -73,8 +78,7 @@ def _measure(way: str, preset: str, actors: int, rounds: int) -> Measured:
         part = NullPart(0, shapes)
         steps = {"serial": lambda: _serial(alone, part), "engine": lambda: aggregator.update(outer.steps)}
         times = measure.in_turns(steps, rounds + 1)
-    return Measured(way, preset, sum(value.nbytes for value in start), actors,
-                    [max(0.0, engine - serial) for engine, serial in zip(times["engine"][1:], times["serial"][1:], strict=True)])
+    return [max(0.0, engine - serial) for engine, serial in zip(times["engine"][1:], times["serial"][1:], strict=True)]
 
 
 def _outer(start: Sequence[Tensor]) -> OuterOptimizer:
@@ -91,7 +95,7 @@ def report(measured: Sequence[Measured], models: dict[str, Overhead], update: fl
              "| --- | ---: | ---: | --- | ---: |"]
     for one in measured:
         fitted = models[one.way].seconds(one.size, one.actors)
-        milliseconds = measure.spread([1e3 * seconds for seconds in one.seconds])
+        milliseconds = measure.spread([1e3 * seconds for seconds in one.seconds]) if one.seconds else "an actor was lost, see above"
         lines.append(f"| {one.way}, {one.preset} | {one.size / 1e6:.0f} MB | {one.actors} | {milliseconds} | {1e3 * fitted:.3g} |")
     lines += ["", *(f"fit      {way}: {1e3 * fit.start:.3g} ms + {1e3 * fit.actor:.3g} ms an actor + {1e9 * fit.byte:.3g} ms a MB + "
                     f"{1e9 * fit.byte_actor:.3g} ms a MB and actor" for way, fit in models.items())]
