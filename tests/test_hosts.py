@@ -60,7 +60,7 @@ def steps(site: Site, out: str) -> dict[int, int]:
 
 @dataclass(frozen=True)
 class Moment:
-    """When something befalls a run, and what checkpoint it has by then."""
+    """When something befell a run, and the checkpoint that it had then."""
 
     at: float
     step: int
@@ -77,14 +77,16 @@ class Running:
     def said(self) -> str:
         return self.log.read_text()
 
-    def now(self) -> Moment:
-        return Moment(time.monotonic(), max(steps(self.site, self.out)))
+    def befallen(self, at: float | None = None) -> Moment:
+        """To be asked right after something happened, lest a checkpoint of before should pass for one of after. at: when; default: now."""
+        return Moment(time.monotonic() if at is None else at, max(steps(self.site, self.out)))
 
     def until_further(self, than: Moment, after: str) -> None:
-        """Wait until it has a later checkpoint than it had, or has ended, and say how long that took."""
-        wait(lambda: self.process.poll() is not None or max(steps(self.site, self.out)) > than.step, "the next checkpoint",
+        """Wait until it has a later checkpoint than it had, and say how long that took."""
+        wait(lambda: max(steps(self.site, self.out)) > than.step or self.process.poll() is not None, "the next checkpoint",
              deadline_s=DEADLINE)
         print(f"\n{after}: {time.monotonic() - than.at:.0f} s until there was a checkpoint after the one of update {than.step}", flush=True)
+        assert max(steps(self.site, self.out)) > than.step, f"{after}: the run has ended\n{self.said()}"
 
     def end(self) -> int:
         """Wait for it. Gives its exit status."""
@@ -148,28 +150,28 @@ def kill(host: Host, pattern: str, how: str = "KILL") -> None:
 
 
 def test_an_actor_killed_where_the_disk_is_full_and_then_storage_that_stands_still_for_a_minute(distilling, undisturbed):
-    cluster, before = distilling.site, distilling.now()
-    distilling.until_further(before, "nothing")
-    lost, before = a_worker(cluster), distilling.now()
+    cluster = distilling.site
+    distilling.until_further(distilling.befallen(), "nothing")
+    lost = a_worker(cluster)
     filled = lost.run(f"cat /dev/zero > {CACHE}/another", check=False)
     assert "No space left" in filled.stdout
     kill(lost, ACTOR)
-    distilling.until_further(before, "an actor killed, the disk of its host full")
-    assert "was lost" in distilling.said()
-    before = distilling.now()
+    distilling.until_further(distilling.befallen(), "an actor killed, the disk of its host full")
+    began = time.monotonic()
     kill(cluster.laptop, "moto.server", "STOP")
     time.sleep(60)
     kill(cluster.laptop, "moto.server", "CONT")
-    distilling.until_further(before, "storage that stood still for 60 s")
+    distilling.until_further(distilling.befallen(began), "storage that stood still for 60 s")
     lost.run(f"rm {CACHE}/another")
     ends_as_if_undisturbed(distilling, undisturbed)
+    assert "was lost" in distilling.said()
 
 
 def test_a_worker_host_that_loses_power(distilling, undisturbed):
-    cluster, before = distilling.site, distilling.now()
+    cluster = distilling.site
     lost = a_worker(cluster)
     lost.power_off()
-    distilling.until_further(before, "a worker host without power")
+    distilling.until_further(distilling.befallen(), "a worker host without power")
     ends_as_if_undisturbed(distilling, undisturbed)
     assert "was lost" in distilling.said()
     lost.boot()
@@ -177,13 +179,14 @@ def test_a_worker_host_that_loses_power(distilling, undisturbed):
 
 
 def test_a_host_that_is_cut_off_and_comes_back_is_no_second_writer(distilling, undisturbed):
-    cluster, before = distilling.site, distilling.now()
+    cluster = distilling.site
     lost = a_worker(cluster)
     actors = lost.processes(ACTOR)
     lost.cut()
+    cut = distilling.befallen()
     wait(lambda: "was lost" in distilling.said() or "has not answered" in distilling.said(), "the loss to be noticed", deadline_s=DEADLINE)
     lost.heal()
-    distilling.until_further(before, "a worker host cut off")
+    distilling.until_further(cut, "a worker host cut off")
     ends_as_if_undisturbed(distilling, undisturbed)
     wait(lambda: not set(actors) & set(lost.processes(ACTOR)), "the actor of before to be gone", deadline_s=120)
     assert 1 not in steps(cluster, distilling.out).values()  # the incarnation that the lost actor was of
@@ -191,37 +194,40 @@ def test_a_host_that_is_cut_off_and_comes_back_is_no_second_writer(distilling, u
 
 
 def test_a_host_that_stands_still_for_half_a_minute_is_waited_for(distilling, undisturbed):
-    cluster, before = distilling.site, distilling.now()
+    cluster = distilling.site
     slow = cluster.hosts[working(cluster)[0]]
     kill(slow, ACTOR, "STOP")
+    stopped = distilling.befallen()
     time.sleep(30)
     kill(slow, ACTOR, "CONT")
-    distilling.until_further(before, "an actor that stood still for 30 s")
+    distilling.until_further(stopped, "an actor that stood still for 30 s")
     ends_as_if_undisturbed(distilling, undisturbed)
     assert "was lost" not in distilling.said() and "has not answered" not in distilling.said()
 
 
 def test_the_driver_and_a_worker_host_at_once(distilling, undisturbed):
-    cluster, before = distilling.site, distilling.now()
+    cluster = distilling.site
     lost = a_worker(cluster)
     lost.power_off()
     kill(cluster.hosts["head"], "python jobs/distill_imagenet.py")
+    both = distilling.befallen()
     assert distilling.end() != 0
     again = Running(cluster, distilling.out, distilling.log)
-    again.until_further(before, "the driver and a worker host, the job submitted again")
+    again.until_further(both, "the driver and a worker host, the job submitted again")
     ends_as_if_undisturbed(again, undisturbed)
     lost.boot()
     cluster.wait_for_nodes(3)
 
 
 def test_the_head_is_restarted_and_the_job_resubmitted(distilling, undisturbed):
-    cluster, before = distilling.site, distilling.now()
+    cluster = distilling.site
     cluster.hosts["head"].power_off()
+    off = distilling.befallen()
     cluster.hosts["head"].boot()
     assert distilling.end() != 0
     cluster.up()
     again = Running(cluster, distilling.out, distilling.log)
-    again.until_further(before, "the head restarted, `ray up`, the job submitted again")
+    again.until_further(off, "the head restarted, `ray up`, the job submitted again")
     ends_as_if_undisturbed(again, undisturbed)
 
 
