@@ -183,10 +183,8 @@ def test_a_host_that_is_cut_off_and_comes_back_is_no_second_writer(distilling, u
     lost = a_worker(cluster)
     actors = lost.processes(ACTOR)
     lost.cut()
-    cut = distilling.befallen()
-    wait(lambda: "was lost" in distilling.said() or "has not answered" in distilling.said(), "the loss to be noticed", deadline_s=DEADLINE)
+    distilling.until_further(distilling.befallen(), "a worker host cut off")
     lost.heal()
-    distilling.until_further(cut, "a worker host cut off")
     ends_as_if_undisturbed(distilling, undisturbed)
     wait(lambda: not set(actors) & set(lost.processes(ACTOR)), "the actor of before to be gone", deadline_s=120)
     assert 1 not in steps(cluster, distilling.out).values()  # the incarnation that the lost actor was of
