@@ -7,6 +7,7 @@ would be lost; so paths inside a job are absolute or URIs. Reads environment var
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from krrst_dist.setting_names import ConfigError
@@ -21,6 +22,9 @@ STORAGE = "KRRST_STORAGE"
 """Environment variable: folder or URI under which a job's results land when no --out is given."""
 
 
+_KEY = re.compile(r"://[^/@:]*:(?!\d+(/|$)).*@")  # name and key before the host, and no host and port; a key may hold a slash
+
+
 def in_ray_job() -> bool:
     """Is this the entry point of a submitted Ray job? (Ray sets this variable for it alone.)"""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
@@ -31,7 +35,11 @@ def is_uri(path: str) -> bool:
 
 
 def local(path: str) -> Path | None:
-    """The local path behind a path or URI, None when it is remote. Raises ConfigError for a file URI that gives no absolute path."""
+    """The local path behind a path or URI, None when it is remote. Raises ConfigError for a file URI that gives no absolute path, and for a
+    URI with a key in it."""
+    if _KEY.search(path):
+        raise ConfigError(f"{_KEY.sub('://...@', path)!r}: has a key in it, and URIs are written to logs and results; give keys by "
+                          f"environment variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or in ~/.aws/credentials")
     if not path.startswith("file://"):
         return None if is_uri(path) else Path(path)
     host, slash, rest = path.removeprefix("file://").partition("/")

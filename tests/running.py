@@ -26,12 +26,17 @@ from krrst_dist.on_ray.work import Outcome
 
 @dataclass(frozen=True)
 class Named(Parts):
-    """Shards that leave the number of their process in a folder, and take their time for a batch until there is a file `quick`."""
+    """Shards that leave the number of their process in a folder, and take their time for a batch until there is a file `quick` in it.
+
+    While there is a file `refuse`, none can be made.
+    """
 
     folder: str = ""
 
     def __call__(self, shard: int):
         folder = Path(self.folder)
+        if (folder / "refuse").exists():
+            raise storage.StorageError("cannot read what the shard is made of")
         storage.write_whole(folder / f"process-of-{shard}", str(os.getpid()).encode())
         built = super().__call__(shard)
         read = built.batches.next

@@ -73,7 +73,7 @@ def test_on_kubernetes_there_are_a_cluster_and_a_job_for_it_of_this_version_of_r
     folder, _, name = script.removeprefix("/").partition("/")
     assert (python, folder) == ("python", "krrst") and (ROOT / name).is_file()
     assert arguments[arguments.index("--out") + 1].startswith("s3://") and "--resume" in arguments
-    assert yaml.safe_load(job["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_SIGNAL"] == "SIGINT"
+    assert yaml.safe_load(job["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_SIGNAL"] == "SIGTERM"
     assert f"ray=={ray_cluster['spec']['rayVersion']}" in (ROOT / "clusters/constraints.txt").read_text().splitlines()
 
 

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 
 import engine_parts
 import pytest
@@ -17,9 +18,11 @@ import running
 from engine_parts import config
 from ray.cluster_utils import Cluster
 
-from krrst_dist.config import Config
+from krrst_dist.config import Config, ConfigError
 from krrst_dist.on_ray import coordinator, group
+from krrst_dist.on_ray.alike import require_nodes_alike
 from krrst_dist.on_ray.cluster import ray_command
+from krrst_dist.on_ray.worker import Host
 
 ray.cloudpickle.register_pickle_by_value(engine_parts)
 ray.cloudpickle.register_pickle_by_value(running)
@@ -61,6 +64,14 @@ def test_a_run_takes_what_room_there_is_moves_to_a_host_that_joins_and_goes_on_w
     run.ends_as_if_undisturbed()
     said = capsys.readouterr().out
     assert said.count("there is room for more than 1 actors now; going on from") == 1 and said.count("was lost") == 1
+
+
+def test_a_job_on_a_cluster_with_a_node_that_runs_something_else_is_refused_naming_both(nodes):
+    node, here = nodes.add_node(**NODE), Host.of_this_process()
+    require_nodes_alike(here)
+    with pytest.raises(ConfigError, match=r"versions .*the driver on a: torch 1.0; .*torch 2"):
+        require_nodes_alike(replace(here, name="a", versions=(("torch", "1.0"),)))
+    nodes.remove_node(node)
 
 
 def test_a_host_that_is_drained_is_left_after_a_checkpoint_with_no_update_lost(nodes, start, capsys):

@@ -28,7 +28,7 @@ from krrst_dist.algorithm import DivergedError, RidgeError, ridge_head
 from krrst_dist.artifacts import DistilledSet, Space
 from krrst_dist.config import Config, ConfigError
 from krrst_dist.evaluation.held_out import held_out_of_network
-from krrst_dist.on_ray import coordinator
+from krrst_dist.on_ray import coordinator, network
 from krrst_dist.on_ray.assembly import Assembly
 from krrst_dist.on_ray.coordinator import Coordinator
 from krrst_dist.on_ray.errors import EngineError, LostActor
@@ -205,6 +205,15 @@ def test_a_killed_actor_is_replaced_and_the_result_is_that_of_an_undisturbed_run
     assert torch.equal(outcome.values[0], x_syn) and torch.equal(outcome.values[1], y_syn)
     assert [step for step, _ in outcome.outer] == list(range(1, 13))
     assert [step for step, _ in outcome.held_out] == [0, 12]
+
+
+def test_actors_on_one_host_meet_in_a_file_and_talk_over_the_loopback(monkeypatch, tmp_path):
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    assert network.meeting_place(network.LOOPBACK, tmp_path).startswith(f"file://{tmp_path}/")
+    network.use_device_of(network.LOOPBACK)
+    assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("lo", "lo")
 
 
 @pytest.mark.parametrize("actors", [1, 3])

@@ -85,6 +85,16 @@ def test_an_actor_killed_while_storage_is_not_mounted_costs_nothing_but_time(sta
     assert run.checkpoints()[-1] == (16, 2)
 
 
+def test_storage_that_refuses_fresh_actors_their_data_is_tried_again(start, tmp_path):
+    run = start(config(actors=2, updates=16))
+    run.until_step(4)
+    (tmp_path / "refuse").touch()
+    os.kill(run.process(1), signal.SIGKILL)
+    run.until_said("cannot read what the shard is made of; trying again for up to 600 s")
+    (tmp_path / "refuse").unlink()
+    run.ends_as_if_undisturbed()
+
+
 def test_storage_that_refuses_for_too_long_ends_the_run_with_the_last_checkpoint_which_is_gone_on_from(start, tmp_path, monkeypatch):
     monkeypatch.setattr(patience, "PATIENCE", 1)
     run = start(config(actors=2))

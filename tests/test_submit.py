@@ -22,12 +22,13 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from krrst_dist import paths, provenance
+from krrst_dist import paths, provenance, storage
 from krrst_dist.config import ConfigError
 from krrst_dist.on_ray import submit
 from krrst_dist.on_ray.cluster import ClusterError, job_cluster, token
 from krrst_dist.on_ray.submit import absolute_paths, check_address, own_files, runtime_env
 from krrst_dist.presets_and_grids import CARRIED, load_preset
+from krrst_dist.storage import StorageError
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray sets for a job's entry point
 
@@ -165,6 +166,20 @@ def test_outside_a_job_a_relative_path_means_the_working_directory(tmp_path, mon
     assert paths.output_directory("here", name="p-0") == str(tmp_path / "here")
 
 
+@pytest.mark.parametrize("uri", ["s3://AKIA:secret@bucket/run", "s3://AKIA:sec/ret@bucket/run"])
+def test_a_uri_with_a_key_in_it_is_refused_without_showing_the_key(uri):
+    with pytest.raises(ConfigError, match=r"--out = 's3://...@bucket/run': has a key in it.*AWS_SECRET_ACCESS_KEY") as refused:
+        paths.output_directory(uri, name="a")
+    with pytest.raises(StorageError, match="has a key in it"):
+        storage.read_whole(uri)
+    assert "sec" not in str(refused.value).lower().replace("secret_access_key", "")
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/a@b", "hdfs://host:8020/a@b", "hdfs://user@host:8020/a", "file:///a:b@c"])
+def test_a_uri_without_a_key_is_not(uri):
+    paths.local(uri)
+
+
 def test_inside_a_job_results_go_to_the_storage_or_to_the_home_of_the_node(monkeypatch):
     monkeypatch.setenv(JOB, "{}")
     assert paths.output_directory(None, name="p-1") == str(Path.home() / "krrst_runs" / "p-1")
@@ -236,7 +251,7 @@ def test_code_from_another_tree_than_the_jobs_is_refused(tmp_path):
 REPORT = '''
 import json, os, sys
 from pathlib import Path
-from krrst_dist import paths, provenance
+from krrst_dist import paths, provenance, storage
 from krrst_dist.presets_and_grids import load_preset
 from krrst_dist.grid_config import load_grid
 from krrst_dist.on_ray.cluster import connect, require

@@ -105,9 +105,10 @@ class CollectiveAggregator:
         """outer: the state to start from; the driver's own copy is brought up to date at checkpoints."""
         self._group, self._outer, self._slowest = group, outer, 0.0
         self._shared: tuple[ray.ObjectRef, ...] | None = None
-        (address,) = group.gather([(0, group.call(0, "rendezvous"))], silence=START)
+        alone = len(set(group.everywhere("node", silence=START))) == 1
+        (place,) = group.gather([(0, group.call(0, "rendezvous", alone))], silence=START)
         start, actors = (ray.put(outer), ray.put(combine)), range(group.layout.actors)
-        group.gather([(g, group.call(g, "join", address, g, len(actors), *start, group.device)) for g in actors], silence=START)
+        group.gather([(g, group.call(g, "join", place, alone, g, len(actors), *start, group.device)) for g in actors], silence=START)
 
     @property
     def shared(self) -> tuple[ray.ObjectRef, ...]:

@@ -74,10 +74,10 @@ def weight(combine: Combine, mine: int, images: int) -> float:
     return combine([Contribution(1.0, (), mine), Contribution(0.0, (), images - mine)]).loss
 
 
-def join(address: str, rank: int, world: int, device: torch.device) -> None:
-    """Become process `rank` of a group of `world`. address: HOST:PORT of process 0."""
+def join(place: str, rank: int, world: int, device: torch.device) -> None:
+    """Become process `rank` of a group of `world`. place: where they meet, as `init_method` says it."""
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"tcp://{address}", rank=rank, world_size=world, timeout=LONGEST)
+    dist.init_process_group(backend, init_method=place, rank=rank, world_size=world, timeout=LONGEST)
 
 
 def _flat(part: Contribution, factor: float, device: torch.device) -> tuple[Tensor, list[torch.Size]]:

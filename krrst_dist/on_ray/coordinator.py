@@ -166,7 +166,7 @@ class Coordinator:
                 hosts = group.start()
                 require_alike(Host.of_this_process(), hosts, rounding=not config.engine.gpus)
                 self._do_chores(group)
-                group.build(self._work.build, self._work.measure, self._work.slice, self._directory)
+                self._patiently(lambda: group.build(self._work.build, self._work.measure, self._work.slice, self._directory), patience)
             except LostActor as lost:
                 if not first:
                     raise

@@ -17,6 +17,7 @@ from krrst_dist.data.sources import open_images
 from krrst_dist.grid_config import Grid
 from krrst_dist.on_ray import cluster
 from krrst_dist.on_ray import grid_fid as fid
+from krrst_dist.on_ray.alike import require_nodes_alike
 from krrst_dist.on_ray.errors import EngineError
 from krrst_dist.on_ray.grid_plan import check_grid, check_names_kept, check_set, plan
 from krrst_dist.on_ray.grid_sets import GridSet, check_makeable, given, load_presets, make
@@ -26,6 +27,7 @@ from krrst_dist.on_ray.places import Places, prepared_split
 from krrst_dist.on_ray.preflight import Split
 from krrst_dist.on_ray.stopping import sigterm_as_interrupt
 from krrst_dist.on_ray.trials import Ended, run_trials
+from krrst_dist.on_ray.worker import Host
 from krrst_dist.results import Outcome, ResultStore
 
 
@@ -48,6 +50,7 @@ def run(grid: Grid, *, data: str | None = None, out: str | None = None, cache: s
     there = _there(grid, places)
     cluster.connect()
     cluster.require(grid.cpus, grid.gpus, 1, wait=wait)
+    require_nodes_alike(Host.of_this_process())
     targets = _targets(grid, images, places, wait=wait)
     sets, missing = _made(grid, there, places, wait=wait)
     cells = plan(grid, sets, targets, fid.sources(grid, sets, places, wait=wait), places.out, files=files)

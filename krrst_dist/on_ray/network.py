@@ -1,4 +1,5 @@
-"""Which network device torch.distributed is to use on a host: gloo guesses by the host's name, and may take the loopback."""
+"""How processes of torch.distributed find each other. On one host they meet in a file and talk over the loopback, so that nothing listens
+to the network. On several, the device is the one of the host's address: gloo guesses by the host's name, and may take the loopback."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import fcntl
 import os
 import socket
 import struct
+import uuid
+from pathlib import Path
 
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a device
 
@@ -23,10 +26,24 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def tell_gloo(address: str) -> None:
-    """Let process groups of this process use the device of the host's address, unless $GLOO_SOCKET_IFNAME names one."""
+LOOPBACK = "127.0.0.1"
+
+
+def use_device_of(address: str) -> None:
+    """Let process groups of this process use the device with that address: gloo, unless $GLOO_SOCKET_IFNAME names one; NCCL, which guesses
+    well, for the loopback only."""
     if name := interface_of(address):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        if address == LOOPBACK:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def meeting_place(address: str, folder: Path) -> str:
+    """Where a process group can begin, as torch.distributed's `init_method`. address: of this host; LOOPBACK for a group on it alone, which
+    meets in a file in `folder`."""
+    if address == LOOPBACK:
+        return f"file://{folder}/krrst-group-{uuid.uuid4().hex}"
+    return f"tcp://{address}:{free_port(address)}"
 
 
 def free_port(address: str) -> int:

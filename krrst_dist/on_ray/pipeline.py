@@ -19,10 +19,12 @@ from krrst_dist.data.prepared import Prepared
 from krrst_dist.data.readers import Images
 from krrst_dist.data.sources import open_images
 from krrst_dist.on_ray import cluster, features, preflight, report, targets
+from krrst_dist.on_ray.alike import require_nodes_alike
 from krrst_dist.on_ray.distillation import distil, seed_directory, seeds
 from krrst_dist.on_ray.places import Places, prepared_split
 from krrst_dist.on_ray.resume import check_resume
 from krrst_dist.on_ray.stopping import sigterm_as_interrupt
+from krrst_dist.on_ray.worker import Host
 
 Stage = Literal["prepare", "target", "distill", "evaluate"]
 
@@ -54,6 +56,7 @@ def run_stages(config: Config, places: Places, *, resume: bool = False, wait: bo
             cluster.connect()
             if until != "prepare":
                 cluster.require(config.engine.threads, config.engine.gpus, config.engine.min_actors or config.engine.actors, wait=wait)
+            require_nodes_alike(Host.of_this_process())
 
     with clock("prepare"):
         betons = _prepare(config, places, images, until=until, wait=wait, on_bad_image=on_bad_image)

@@ -179,16 +179,19 @@ class Worker:
         """dL/dX_s in slice p's rows. solved: p of what `solve` gave."""
         return self._slices.pull_back(step, shard, p, solved)
 
-    def rendezvous(self) -> str:
-        """HOST:PORT where this actor's process can begin a process group."""
-        address = ray.util.get_node_ip_address()
-        return f"{address}:{network.free_port(address)}"
+    def node(self) -> str:
+        """Which of the cluster's this actor is on."""
+        return ray.get_runtime_context().get_node_id()
 
-    def join(self, address: str, rank: int, world: int, outer: Outer, combine: Combine, device: str) -> None:
-        """Enter the process group that process 0 begins at `address`, with a replica of what is learned. For updates by all-reduce
+    def rendezvous(self, alone: bool) -> str:
+        """Where this actor's process can begin a process group. alone: are all of the group on this node?"""
+        return network.meeting_place(network.LOOPBACK if alone else ray.util.get_node_ip_address(), ray_log_folder())
+
+    def join(self, place: str, alone: bool, rank: int, world: int, outer: Outer, combine: Combine, device: str) -> None:
+        """Enter the process group that process 0 begins at `place`, with a replica of what is learned. For updates by all-reduce
         (`collective.py`)."""
-        network.tell_gloo(ray.util.get_node_ip_address())
-        collective.join(address, rank, world, torch.device(device))
+        network.use_device_of(network.LOOPBACK if alone else ray.util.get_node_ip_address())
+        collective.join(place, rank, world, torch.device(device))
         self._replica = collective.Replica(outer, combine, torch.device(device))
 
     def together(self, step: int, last: bool) -> Told:
