@@ -72,8 +72,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
 
     runs = []
 
-    def started(settings: Config, *, resume: bool = False) -> Running:
-        runs.append(Running(settings, tmp_path, resume=resume))
+    def started(settings: Config, **how: bool | float) -> Running:
+        runs.append(Running(settings, tmp_path, **how))
         return runs[-1]
 
     yield started

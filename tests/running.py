@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import engine_parts
+import ray
 import torch
 from engine_parts import Parts, serial
 
 from krrst_dist import storage
 from krrst_dist.config import Config
+from krrst_dist.data.errors import DataError
 from krrst_dist.on_ray.coordinator import Coordinator
 from krrst_dist.on_ray.stopping import Stop
 from krrst_dist.on_ray.work import Outcome
@@ -26,24 +28,28 @@ from krrst_dist.on_ray.work import Outcome
 
 @dataclass(frozen=True)
 class Named(Parts):
-    """Shards that leave the number of their process in a folder, and take their time for a batch until there is a file `quick` in it.
+    """Shards that leave the number of their process in a folder, and take `pace` seconds more for a batch until there is a
+    file `quick` in it.
 
-    While there is a file `refuse`, none can be made.
+    While there is a file `refuse`, none can be made; on a node that a file `full` names, none ever.
     """
 
     folder: str = ""
+    pace: float = 0.1
 
     def __call__(self, shard: int):
         folder = Path(self.folder)
         if (folder / "refuse").exists():
             raise storage.StorageError("cannot read what the shard is made of")
+        if (folder / "full").exists() and ray.get_runtime_context().get_node_id() in (folder / "full").read_text():
+            raise DataError("a host, a folder: 1 MB free, but fetching takes 2 MB")
         storage.write_whole(folder / f"process-of-{shard}", str(os.getpid()).encode())
         built = super().__call__(shard)
         read = built.batches.next
 
         def next_batch():
             if not (folder / "quick").exists():
-                time.sleep(0.1)
+                time.sleep(self.pace)
             return read()
 
         built.batches.next = next_batch
@@ -53,9 +59,9 @@ class Named(Parts):
 class Running:
     """A run in a thread, in a folder."""
 
-    def __init__(self, settings: Config, folder: Path, *, resume: bool = False) -> None:
+    def __init__(self, settings: Config, folder: Path, *, resume: bool = False, pace: float = 0.1) -> None:
         self.stop, self._folder, self._settings = Stop(), folder, settings
-        work = engine_parts.work(settings, build=Named(settings, folder=str(folder)))
+        work = engine_parts.work(settings, build=Named(settings, folder=str(folder), pace=pace))
         self._run = Coordinator(settings, work, directory=str(folder), resume=resume, stop=self.stop)
         self._end: Future[Outcome] = ThreadPoolExecutor(1).submit(self._run.run)
 
@@ -109,8 +115,6 @@ class Running:
 
 
 if __name__ == "__main__":
-    import ray
-
     directory, address = sys.argv[1:]
     torch.set_num_threads(1)
     ray.init(address=address, logging_level="warning", log_to_driver=False)

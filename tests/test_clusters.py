@@ -19,7 +19,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from krrst_dist.config import ConfigError
 from krrst_dist.on_ray.alike import require_alike
-from krrst_dist.on_ray.cluster import ClusterError, connect, require, room
+from krrst_dist.on_ray.cluster import ClusterError, connect
+from krrst_dist.on_ray.rooms import require, room
 from krrst_dist.on_ray.worker import Host
 
 FILES = [ROOT / "clusters/gpu.yaml", ROOT / "clusters/onprem.yaml"]

@@ -18,6 +18,7 @@ import running
 from engine_parts import config
 from ray.cluster_utils import Cluster
 
+from krrst_dist import storage
 from krrst_dist.config import Config, ConfigError
 from krrst_dist.on_ray import coordinator, group
 from krrst_dist.on_ray.alike import require_nodes_alike
@@ -27,6 +28,7 @@ from krrst_dist.on_ray.worker import Host
 ray.cloudpickle.register_pickle_by_value(engine_parts)
 ray.cloudpickle.register_pickle_by_value(running)
 NODE = {"num_cpus": 1, "object_store_memory": 150_000_000}
+UPDATES, PACE = 200, 0.25  # long enough for hosts to come and go
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +50,12 @@ def in_short(monkeypatch) -> None:
 
 def elastic(*, checkpoint_every: int = 2) -> Config:
     """Wants two actors, goes on with one."""
-    settings = config(actors=2, updates=500, checkpoint_every=checkpoint_every)
+    settings = config(actors=2, updates=UPDATES, checkpoint_every=checkpoint_every)
     return settings.model_copy(update={"engine": settings.engine.model_copy(update={"min_actors": 1})})
 
 
 def test_a_run_takes_what_room_there_is_moves_to_a_host_that_joins_and_goes_on_without_one_that_is_killed(nodes, start, capsys):
-    run = start(elastic())
+    run = start(elastic(), pace=PACE)
     run.until_step(4)
     assert run.process(0) == run.process(1)
     node = nodes.add_node(**NODE)
@@ -66,6 +68,19 @@ def test_a_run_takes_what_room_there_is_moves_to_a_host_that_joins_and_goes_on_w
     assert said.count("there is room for more than 1 actors now; going on from") == 1 and said.count("was lost") == 1
 
 
+def test_a_host_that_joins_with_a_full_disk_is_left_out_and_the_run_goes_on_without_it(nodes, start, tmp_path, capsys):
+    run = start(elastic(), pace=PACE)
+    run.until_step(4)
+    node = nodes.add_node(**NODE)
+    storage.write_whole(tmp_path / "full", node.node_id.encode())
+    run.until(lambda: run.checkpoints()[-1][1] == 3, "a checkpoint of the third set of actors")
+    run.ends_as_if_undisturbed()
+    nodes.remove_node(node)
+    assert [incarnation for _, incarnation in run.checkpoints()][-1] == 3, "it was not tried a second time"
+    said = capsys.readouterr().out
+    assert "1 MB free, but fetching takes 2 MB; that host is left out of this run; going on from" in said
+
+
 def test_a_job_on_a_cluster_with_a_node_that_runs_something_else_is_refused_naming_both(nodes):
     node, here = nodes.add_node(**NODE), Host.of_this_process()
     require_nodes_alike(here)
@@ -76,7 +91,7 @@ def test_a_job_on_a_cluster_with_a_node_that_runs_something_else_is_refused_nami
 
 def test_a_host_that_is_drained_is_left_after_a_checkpoint_with_no_update_lost(nodes, start, capsys):
     node = nodes.add_node(**NODE)
-    run = start(elastic(checkpoint_every=10**6))
+    run = start(elastic(checkpoint_every=10**6), pace=PACE)
     run.until(lambda: run.checkpoints() and run.updates() > 3, "updates")
     assert run.process(0) != run.process(1)
     drain = ["drain-node", "--address", nodes.address, "--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
@@ -91,7 +106,7 @@ def test_a_host_that_is_drained_is_left_after_a_checkpoint_with_no_update_lost(n
 
 
 def test_an_actor_that_gets_sigterm_is_left_after_a_checkpoint_with_no_update_lost(nodes, start, capsys):
-    run = start(elastic(checkpoint_every=10**6))
+    run = start(elastic(checkpoint_every=10**6), pace=PACE)
     run.until(lambda: run.updates() > 3, "updates")
     warned = run.process(0)
     os.kill(warned, signal.SIGTERM)

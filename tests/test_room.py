@@ -24,10 +24,11 @@ from krrst_dist.config import Config
 from krrst_dist.data.cache import Cache
 from krrst_dist.data.prepare import prepare
 from krrst_dist.data.prepared import Prepared
-from krrst_dist.on_ray import cluster, coordinator, targets
-from krrst_dist.on_ray.cluster import ClusterError, Rooms
+from krrst_dist.on_ray import coordinator, distillation, rooms, targets
+from krrst_dist.on_ray.cluster import ClusterError
 from krrst_dist.on_ray.coordinator import Coordinator
 from krrst_dist.on_ray.distillation import distil
+from krrst_dist.on_ray.rooms import Rooms
 from krrst_dist.presets_and_grids import load_preset
 
 ray.cloudpickle.register_pickle_by_value(engine_parts)
@@ -95,7 +96,7 @@ def hog() -> Iterator[Callable[[int], None]]:
 
 
 def test_seeds_that_do_not_fit_beside_somebody_elses_work_wait_for_each_other(digits, hog, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cluster, "FIRST_LINE", 0)
+    monkeypatch.setattr(rooms, "FIRST_LINE", 0)
     free = digits.distil(tmp_path / "free", settings(repeats=2))
     hog(1)
     busy = digits.distil(tmp_path / "busy", settings(repeats=2))
@@ -107,7 +108,7 @@ def test_seeds_that_do_not_fit_beside_somebody_elses_work_wait_for_each_other(di
 
 def test_a_seed_that_nothing_will_make_room_for_is_refused_and_leaves_nothing(digits, hog, tmp_path, monkeypatch):
     hog(2)
-    monkeypatch.setattr(cluster, "Rooms", lambda *room, **how: Rooms(*room, **how, deadline_s=3))
+    monkeypatch.setattr(distillation, "Rooms", lambda *room, **how: Rooms(*room, **how, deadline_s=3))
     with pytest.raises(ClusterError, match=r"too busy for 3 s: 0 CPUs and 0 GPUs are free; .*--wait"):
         digits.distil(tmp_path, settings(repeats=2))
     assert not list(tmp_path.rglob("step-*"))
@@ -115,7 +116,7 @@ def test_a_seed_that_nothing_will_make_room_for_is_refused_and_leaves_nothing(di
 
 def test_a_cluster_that_has_become_too_small_is_refused_at_once_or_waited_for_until_it_has_grown(
         digits, nodes, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cluster, "FIRST_LINE", 0)
+    monkeypatch.setattr(rooms, "FIRST_LINE", 0)
     config, started = settings(**{"engine.actors": 3}), time.monotonic()
     with pytest.raises(ClusterError, match=r"3 actors of 1 CPUs .* lacks room for 1 of them .*--wait"):
         digits.distil(tmp_path / "refused", config)

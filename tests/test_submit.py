@@ -254,7 +254,8 @@ from pathlib import Path
 from krrst_dist import paths, provenance, storage
 from krrst_dist.presets_and_grids import load_preset
 from krrst_dist.grid_config import load_grid
-from krrst_dist.on_ray.cluster import connect, require
+from krrst_dist.on_ray.cluster import connect
+from krrst_dist.on_ray.rooms import require
 
 def given(flag):
     return sys.argv[sys.argv.index(flag) + 1]

@@ -18,7 +18,7 @@ from krrst_dist.bench import measure
 from krrst_dist.bench.cost import Overhead
 from krrst_dist.bench.overhead import WAYS, Measured, measure_overhead, report
 from krrst_dist.bench.problem import Problem
-from krrst_dist.on_ray import cluster
+from krrst_dist.on_ray import cluster, rooms
 from krrst_dist.on_ray.group import WorkerGroup
 from krrst_dist.on_ray.sliced import Layout
 from krrst_dist.presets_and_grids import load_preset
@@ -91,7 +91,7 @@ def _in_turns(problem: Problem, steps: dict[str, tuple[str, int, int] | None], r
     engines = [engine for engine in steps.values() if engine]
     on_gpu = problem.device != "cpu"
     share = 1 / sum(count for _, count, _ in engines) if on_gpu else 0
-    cluster.require(cpus=max(threads for *_, threads in engines), gpus=share, actors=sum(count for _, count, _ in engines))
+    rooms.require(cpus=max(threads for *_, threads in engines), gpus=share, actors=sum(count for _, count, _ in engines))
     with ExitStack() as stack:
         built = {name: problem.ours() if engine is None else _engine(stack, problem, *engine, gpus=share) for name, engine in steps.items()}
         times = measure.in_turns(built, rounds + 1, problem.device)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -127,12 +128,9 @@ class Assembly:
         config, made = self.config, self.method.result(self.start, values)
         x_syn, y_syn = torch.tensor(made.x_syn), torch.tensor(made.y_syn)
         held_out_images, held_out_targets = self._once("held out", self._held_out)
-        after_step = register_optimizer_step_post_hook(lambda *_: alive())
-        try:
+        with _telling(alive):
             trained = pretrain.pretrain(self.method.network(config), x_syn, y_syn, config.evaluate.pretrain, seed=network,
                                         device=device(config.engine), watch=lambda step, loss: None)  # watched: it must not diverge
-        finally:
-            after_step.remove()
         return held_out.ridge_loss(trained, x_syn, y_syn, held_out_images, held_out_targets, ridge=getattr(config.distill, "ridge", RIDGE))
 
     def draw(self, values: tuple[Tensor, ...]) -> bytes:
@@ -170,23 +168,34 @@ class Assembly:
         return storage.join(self.out, f"{self.config.method}-{code}", f"{name}.safetensors")
 
 
-def probe(config: Config, cache: Cache, datasets: dict[str, tuple[Path, Path]], distilled: DistilledSet | None,
-          seed: int) -> dict[tuple[str, float], float]:
+@contextmanager
+def _telling(alive: Callable[[], None]) -> Iterator[None]:
+    """Calls it after every training step."""
+    after_step = register_optimizer_step_post_hook(lambda *_: alive())
+    try:
+        yield
+    finally:
+        after_step.remove()
+
+
+def probe(config: Config, cache: Cache, datasets: dict[str, tuple[Path, Path]], distilled: DistilledSet | None, seed: int,
+          alive: Callable[[], None]) -> dict[tuple[str, float], float]:
     """Test accuracy, by (data set, fraction of its labels), of probes on one network pre-trained on `distilled` (None: left untrained).
 
-    datasets: name -> manifests of the prepared training and test split.
+    datasets: name -> manifests of the prepared training and test split. alive: called after each training step.
     """
     torch.set_num_threads(config.engine.threads)
     where = device(config.engine)
     network, resolution = plugins.load(config.method).network(config), config.source.resolution
-    if distilled is None:
-        trained = pretrain.fresh(network, resolution=resolution, channels=3, outputs=1, seed=seed).network.to(where).eval()
-    else:
-        trained = pretrain.pretrain_on(distilled, network, pretrain_recipe(distilled.recipe), seed=seed, device=where)
     accuracy = {}
-    for name, paths in datasets.items():
-        found = probes(trained, _probe_data(cache, *paths), config.evaluate.probe, few_labels=config.evaluate.few_labels, seed=seed)
-        accuracy |= {(name, fraction): value for fraction, value in found.items()}
+    with _telling(alive):
+        if distilled is None:
+            trained = pretrain.fresh(network, resolution=resolution, channels=3, outputs=1, seed=seed).network.to(where).eval()
+        else:
+            trained = pretrain.pretrain_on(distilled, network, pretrain_recipe(distilled.recipe), seed=seed, device=where)
+        for name, paths in datasets.items():
+            found = probes(trained, _probe_data(cache, *paths), config.evaluate.probe, few_labels=config.evaluate.few_labels, seed=seed)
+            accuracy |= {(name, fraction): value for fraction, value in found.items()}
     return accuracy
 
 

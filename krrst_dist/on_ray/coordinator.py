@@ -23,14 +23,15 @@ from krrst_dist.on_ray import snapshots
 from krrst_dist.on_ray.aggregate import Aggregator, CollectiveAggregator, ObjectStoreAggregator
 from krrst_dist.on_ray.alike import require_alike
 from krrst_dist.on_ray.checkpoint import Checkpoint, Facts
-from krrst_dist.on_ray.cluster import ClusterError, Room, Rooms
-from krrst_dist.on_ray.errors import EngineError, LostActor, Moved, TakenOverError
+from krrst_dist.on_ray.cluster import ClusterError
+from krrst_dist.on_ray.errors import EngineError, LostActor, Moved, TakenOverError, UnfitHost
 from krrst_dist.on_ray.group import START, WorkerGroup
 from krrst_dist.on_ray.heartbeat import Heartbeat
 from krrst_dist.on_ray.metrics import Metrics
 from krrst_dist.on_ray.patience import patiently
 from krrst_dist.on_ray.progress import ProgressLine, Record
 from krrst_dist.on_ray.resume import check_resume, checkpoints_of, facts, nothing_readable
+from krrst_dist.on_ray.rooms import Room, Rooms
 from krrst_dist.on_ray.sliced import Layout
 from krrst_dist.on_ray.stopping import INTERRUPTED, Stop, Stopped
 from krrst_dist.on_ray.work import Outcome, Work
@@ -136,7 +137,7 @@ class Coordinator:
             try:
                 return self._attempt(first=first)
             except Moved as moved:
-                self._say(f"{moved}; going on from {self._last}")
+                self._say(f"{moved}; going on from {self._last or 'the beginning'}")
             except ClusterError as error:
                 if self._last is not None:
                     error.args = (f"{error}; {self._how_to_go_on()}",)
@@ -172,6 +173,11 @@ class Coordinator:
                     raise
                 raise EngineError(f"{lost}, while it started; see the lines above, and `krrst doctor`. If memory ran out, lower "
                                   f"engine.actors or distill.pool.size") from lost
+            except UnfitHost as unfit:
+                if first:  # its user is still there
+                    raise
+                self._rooms.leave_out(unfit.node, str(unfit))
+                raise Moved(f"{unfit}; that host is left out of this run") from unfit
             outer, restored = self._patiently(lambda: self._restore(group), patience)
             record = Record(self._directory, start=outer.steps if restored else None)
             try:

@@ -11,9 +11,9 @@ from krrst_dist import provenance, storage
 from krrst_dist.artifacts import ArtifactError, DistilledSet
 from krrst_dist.config import Config
 from krrst_dist.data.cache import Cache
-from krrst_dist.on_ray import cluster
 from krrst_dist.on_ray.assembly import Assembly
 from krrst_dist.on_ray.coordinator import Coordinator
+from krrst_dist.on_ray.rooms import Rooms, capacity
 from krrst_dist.on_ray.stopping import Stop, Stopped
 
 
@@ -52,7 +52,7 @@ def distil(config: Config, cache: Cache, beton: Path, targets: Path | None, out:
     wait: for room in a cluster that grows. Raises ClusterError where there is no room for a single one, and whatever `Coordinator` does.
     """
     engine, stop = config.engine, Stop()
-    rooms = cluster.Rooms(engine.threads, engine.gpus, engine.actors, at_least=engine.min_actors, wait=wait)
+    rooms = Rooms(engine.threads, engine.gpus, engine.actors, at_least=engine.min_actors, wait=wait)
 
     def one(seed: int) -> Distilled:
         if stop.soon.is_set():
@@ -61,7 +61,7 @@ def distil(config: Config, cache: Cache, beton: Path, targets: Path | None, out:
         return _distil_seed(parts, seed_directory(out, seed), resume=resume, stop=stop, rooms=rooms)
 
     # An empty cluster's room. Seeds that find less wait for each other in `rooms`; for a cluster that grows all of them ask.
-    at_once = config.repeats if wait else cluster.capacity(cpus=engine.threads, gpus=engine.gpus) // engine.actors
+    at_once = config.repeats if wait else capacity(cpus=engine.threads, gpus=engine.gpus) // engine.actors
     ends = []
     with stop.by_signals(), ThreadPoolExecutor(max(1, min(config.repeats, at_once))) as pool:
         runs = [pool.submit(one, seed) for seed in seeds(config)]
@@ -77,7 +77,7 @@ def distil(config: Config, cache: Cache, beton: Path, targets: Path | None, out:
     return [run.result() for run in runs]
 
 
-def _distil_seed(parts: Assembly, directory: str, *, resume: bool, stop: Stop, rooms: cluster.Rooms) -> Distilled:
+def _distil_seed(parts: Assembly, directory: str, *, resume: bool, stop: Stop, rooms: Rooms) -> Distilled:
     config, source = parts.config, parts.source
     target = source.targets and source.targets.fingerprint
     data = {"images": source.prepared.fingerprint} | ({"target": target} if target else {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from krrst_dist.data.errors import DataError
+
 
 class EngineError(RuntimeError):
     """The run cannot go on, for a reason that lies in the machines."""
@@ -9,6 +11,12 @@ class EngineError(RuntimeError):
 
 class LostActor(EngineError):
     """An actor died, or was silent for too long: worth another try with fresh actors."""
+
+
+class UnfitHost(DataError):
+    """A host cannot use its data, or has no room for it; others may. node: the cluster's name of it."""
+
+    node: str = ""
 
 
 class Moved(Exception):

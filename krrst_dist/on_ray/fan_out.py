@@ -25,7 +25,7 @@ from krrst_dist.data.part import PartJob, Watch
 from krrst_dist.data.prepare import in_this_process
 from krrst_dist.data.prepared import Part
 from krrst_dist.data.readers import Images
-from krrst_dist.on_ray import cluster
+from krrst_dist.on_ray import rooms
 from krrst_dist.on_ray.errors import EngineError
 from krrst_dist.storage import StorageError
 
@@ -55,7 +55,7 @@ def write_parts(jobs: Sequence[PartJob], watch: Watch, *, wait: bool = False) ->
         yield from in_this_process(jobs, watch)
         return
     threads = max(1, min(cpus // len(jobs), *(node.cpus for node in nodes)))
-    cluster.require(threads, 0, 1, wait)
+    rooms.require(threads, 0, 1, wait)
     hosts = ", ".join(f"{node.host} ({node.cpus // threads} at a time)" for node in nodes)
     print(f"{len(jobs)} parts are written by {hosts}", flush=True)
     with _Tasks(nodes, threads) as tasks:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import ray
 import torch
 import tyro
 
@@ -20,7 +19,7 @@ from krrst_dist.evaluation.feature_space import feature_map
 from krrst_dist.evaluation.target_model import load_target
 from krrst_dist.feature_map import FILE, FeatureMap
 from krrst_dist.methods.common.source import Source
-from krrst_dist.on_ray import assembly, cluster, preflight, targets
+from krrst_dist.on_ray import assembly, cluster, errands, preflight, rooms, targets
 from krrst_dist.on_ray.places import Places, prepared_source
 from krrst_dist.on_ray.targets import Targets
 
@@ -30,10 +29,10 @@ def compute(config: Config, cache: Cache, beton: Path, found: Targets, sets: lis
     open_ = [path for path in sets if not _is_there(path)]
     if not open_:
         return
-    cluster.require(config.engine.threads, config.engine.gpus, 1, wait)
-    task = ray.remote(_compute).options(num_cpus=config.engine.threads, num_gpus=config.engine.gpus)
-    for path, call in [(path, task.remote(config, cache, beton, found, path)) for path in open_]:
-        cluster.answer(call)
+    engine = config.engine
+    rooms.require(engine.threads, engine.gpus, 1, wait)
+    calls = {f"feature space of {path}": (config, cache, beton, found, path) for path in open_}
+    for path, _ in zip(open_, errands.run(_compute, calls, cpus=engine.threads, gpus=engine.gpus), strict=True):
         print(f"feature space    {_map_of(path)}", flush=True)
 
 
@@ -71,7 +70,7 @@ def features(path: Annotated[str, tyro.conf.Positional], data: str | None = None
     return 0
 
 
-def _compute(config: Config, cache: Cache, beton: Path, found: Targets, path: str) -> None:
+def _compute(config: Config, cache: Cache, beton: Path, found: Targets, path: str, alive: errands.Alive) -> None:
     """Compute one on whichever node this task runs on."""
     torch.set_num_threads(config.engine.threads)
     cache.fetch(*found.files)
@@ -79,7 +78,7 @@ def _compute(config: Config, cache: Cache, beton: Path, found: Targets, path: st
     device = assembly.device(config.engine)
     network = load_target(found.model, resolution=source.prepared.resolution).to(device)
     feature_map(DistilledSet.load(path), network, source.prepared, source.targets, source.training, seed=0, device=device,
-                threads=config.engine.threads, say=lambda line: None).save(_map_of(path))
+                threads=config.engine.threads, say=lambda _: alive()).save(_map_of(path))
 
 
 def _is_there(path: str) -> bool:

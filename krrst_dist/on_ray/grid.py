@@ -15,7 +15,7 @@ from krrst_dist import paths, provenance, storage
 from krrst_dist.data.readers import Images
 from krrst_dist.data.sources import open_images
 from krrst_dist.grid_config import Grid
-from krrst_dist.on_ray import cluster
+from krrst_dist.on_ray import cluster, rooms
 from krrst_dist.on_ray import grid_fid as fid
 from krrst_dist.on_ray.alike import require_nodes_alike
 from krrst_dist.on_ray.errors import EngineError
@@ -49,7 +49,7 @@ def run(grid: Grid, *, data: str | None = None, out: str | None = None, cache: s
     images = {(name, split): open_images(name, split, places.data) for name in grid.targets for split in ("train", "test")}
     there = _there(grid, places)
     cluster.connect()
-    cluster.require(grid.cpus, grid.gpus, 1, wait=wait)
+    rooms.require(grid.cpus, grid.gpus, 1, wait=wait)
     require_nodes_alike(Host.of_this_process())
     targets = _targets(grid, images, places, wait=wait)
     sets, missing = _made(grid, there, places, wait=wait)

@@ -66,7 +66,7 @@ class WorkerGroup:
     """G actors that host the shards and slices of a layout. Use as a context manager: the actors end with the block.
 
     threads: CPU threads, and CPUs asked of Ray, an actor; gpus: GPUs an actor. stop: asked once a second; when true, waits end in
-    KeyboardInterrupt. room: where the actors go, one to a bundle (`cluster.Rooms`); None: wherever Ray finds room, and waits for it.
+    KeyboardInterrupt. room: where the actors go, one to a bundle (`rooms.Rooms`); None: wherever Ray finds room, and waits for it.
     say: told what a start that takes long is waiting for.
     """
 

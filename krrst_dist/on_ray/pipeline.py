@@ -18,7 +18,7 @@ from krrst_dist.config import DEFAULT_METHOD, Config
 from krrst_dist.data.prepared import Prepared
 from krrst_dist.data.readers import Images
 from krrst_dist.data.sources import open_images
-from krrst_dist.on_ray import cluster, features, preflight, report, targets
+from krrst_dist.on_ray import cluster, features, preflight, report, rooms, targets
 from krrst_dist.on_ray.alike import require_nodes_alike
 from krrst_dist.on_ray.distillation import distil, seed_directory, seeds
 from krrst_dist.on_ray.places import Places, prepared_split
@@ -55,7 +55,7 @@ def run_stages(config: Config, places: Places, *, resume: bool = False, wait: bo
         with clock("start Ray"):
             cluster.connect()
             if until != "prepare":
-                cluster.require(config.engine.threads, config.engine.gpus, config.engine.min_actors or config.engine.actors, wait=wait)
+                rooms.require(config.engine.threads, config.engine.gpus, config.engine.min_actors or config.engine.actors, wait=wait)
             require_nodes_alike(Host.of_this_process())
 
     with clock("prepare"):

@@ -17,7 +17,7 @@ from krrst_dist.data.prepare import prepared_fingerprint
 from krrst_dist.data.prepared import held_out_split
 from krrst_dist.data.readers import Images
 from krrst_dist.evaluation.target_model import load_target
-from krrst_dist.on_ray import cluster
+from krrst_dist.on_ray import rooms
 from krrst_dist.on_ray.target_training import check_target, target_file
 
 Split = tuple[str, Literal["train", "test"]]
@@ -86,4 +86,4 @@ def check_room_for_target(config: Config, source: Images, directory: str, *, on_
     """Has the cluster room for the workers that train the target, if it has to be trained? Raises ClusterError."""
     fingerprint = prepared_fingerprint(source, resolution=config.source.resolution, resize=config.source.resize, on_bad_image=on_bad_image)
     if config.target.checkpoint is None and config.target.steps and not storage.exists(target_file(config, fingerprint, directory)):
-        cluster.require(config.engine.threads, 1 if config.engine.gpus else 0, config.target.workers, wait)
+        rooms.require(config.engine.threads, 1 if config.engine.gpus else 0, config.target.workers, wait)

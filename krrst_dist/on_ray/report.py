@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from math import nan
 
-import ray
-
 from krrst_dist import plugins, provenance, storage
 from krrst_dist.artifacts import DistilledSet
 from krrst_dist.config import Config
@@ -13,7 +11,7 @@ from krrst_dist.data.cache import Cache
 from krrst_dist.data.prepared import Prepared
 from krrst_dist.evaluation import figures, table
 from krrst_dist.evaluation.table import ALONE, LABELLED, RANDOM, SCRATCH, Row
-from krrst_dist.on_ray import assembly, cluster
+from krrst_dist.on_ray import assembly, errands, rooms
 from krrst_dist.on_ray.distillation import Distilled
 
 HELD_OUT, FRACTION = "held-out ridge loss", "of predicting the mean"
@@ -22,20 +20,21 @@ HELD_OUT, FRACTION = "held-out ridge loss", "of predicting the mean"
 def evaluate(config: Config, cache: Cache, labelled: dict[str, tuple[Prepared, Prepared]], runs: list[Distilled], *,
              wait: bool) -> list[Row]:
     """All rows of the table: the held-out losses that the runs measured, and probes of every method, seed and data set."""
-    datasets = {name: (train.path, test.path) for name, (train, test) in labelled.items()}
-    if datasets:
-        cluster.require(config.engine.threads, config.engine.gpus, 1, wait)
-    task = ray.remote(assembly.probe).options(num_cpus=config.engine.threads, num_gpus=config.engine.gpus)
+    datasets, engine = {name: (train.path, test.path) for name, (train, test) in labelled.items()}, config.engine
     control, title = _names(config, runs)
     sets = [(run, method, distilled) for run in runs for method, distilled in ((SCRATCH, None), (control, run.start), (title, run.result))
             if method]
-    cells = [(method, run.seed, task.remote(config, cache, datasets, distilled, run.seed)) for run, method, distilled in sets if datasets]
     rows = [row for run in runs if run.held_out
             for method, loss in ((control, run.held_out[0][1]), (title, run.held_out[-1][1])) if method
             for row in (Row(method, HELD_OUT, run.seed, loss), Row(method, FRACTION, run.seed, loss / run.of_mean if run.of_mean else nan))]
-    for done, (method, seed, cell) in enumerate(cells, 1):
-        rows += [Row(method, _metric(name, fraction), seed, 100 * value) for (name, fraction), value in cluster.answer(cell).items()]
-        print(f"probes {done}/{len(cells)}: {method}, seed {seed}", flush=True)
+    if not datasets:
+        return rows
+    rooms.require(engine.threads, engine.gpus, 1, wait)
+    cells = {f"probes of {method}, seed {run.seed}": (config, cache, datasets, distilled, run.seed) for run, method, distilled in sets}
+    measured = errands.run(assembly.probe, cells, cpus=engine.threads, gpus=engine.gpus)
+    for done, ((run, method, _), (_, accuracy)) in enumerate(zip(sets, measured, strict=True), 1):
+        rows += [Row(method, _metric(name, fraction), run.seed, 100 * value) for (name, fraction), value in accuracy.items()]
+        print(f"probes {done}/{len(sets)}: {method}, seed {run.seed}", flush=True)
     return rows
 
 

@@ -44,8 +44,9 @@ from krrst_dist.data.reader import channels_first, open_decoder, read_all
 from krrst_dist.evaluation.target_model import load_target, save_target, target_fingerprint, untrained
 from krrst_dist.networks import Network
 from krrst_dist.on_ray import assembly
-from krrst_dist.on_ray.cluster import connect, require
+from krrst_dist.on_ray.cluster import connect
 from krrst_dist.on_ray.errors import EngineError
+from krrst_dist.on_ray.rooms import require
 from krrst_dist.on_ray.target_monitor import TargetMonitor
 from krrst_dist.seeds import numpy_rng
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import ray
 import torch
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from krrst_dist.data.normalise import normalise
 from krrst_dist.data.prepared import TARGETS_OF, Prepared, held_out_split
 from krrst_dist.data.targets import write_targets
 from krrst_dist.evaluation.target_model import load_target, target_fingerprint
-from krrst_dist.on_ray import assembly, cluster
+from krrst_dist.on_ray import assembly, errands, rooms
 from krrst_dist.on_ray.target_training import train_target
 
 
@@ -43,9 +42,9 @@ def compute(config: Config, source: Prepared, cache: Cache, *, wait: bool) -> Ta
     if cache.holds(*found.files):
         print(f"target representations: already there, {path}", flush=True)
     else:
-        cluster.require(config.engine.threads, config.engine.gpus, 1, wait)
-        task = ray.remote(_represent).options(num_cpus=config.engine.threads, num_gpus=config.engine.gpus)
-        cluster.answer(task.remote(config, cache, source.path, model, fingerprint, path))
+        engine, call = config.engine, (config, cache, source.path, model, fingerprint, path)
+        rooms.require(engine.threads, engine.gpus, 1, wait)
+        dict(errands.run(_represent, {"target representations": call}, cpus=engine.threads, gpus=engine.gpus))
     cache.fetch(*found.files)
     return found
 
@@ -55,7 +54,7 @@ def views_of(config: Config) -> int:
     return getattr(config.distill, "views", 0)
 
 
-def _represent(config: Config, cache: Cache, manifest: Path, model: str, fingerprint: str, path: Path) -> None:
+def _represent(config: Config, cache: Cache, manifest: Path, model: str, fingerprint: str, path: Path, alive: errands.Alive) -> None:
     """Compute the side file on whichever node this task runs on."""
     torch.set_num_threads(config.engine.threads)
     prepared = cache.fetch_prepared(manifest)
@@ -63,6 +62,7 @@ def _represent(config: Config, cache: Cache, manifest: Path, model: str, fingerp
     network = load_target(model, resolution=prepared.resolution).to(device, memory_format=torch.channels_last)
 
     def represent(images: Tensor) -> Tensor:
+        alive()
         return network(normalise(images.to(device, memory_format=torch.channels_last), prepared.mean, prepared.std))
 
     training, _ = held_out_split(prepared.count, config.source.held_out, config.source.split_seed)

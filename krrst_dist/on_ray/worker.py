@@ -26,9 +26,11 @@ from krrst_dist import storage
 from krrst_dist.algorithm import Contribution, DivergedError, Outer
 from krrst_dist.algorithm.ridge import FeaturesError
 from krrst_dist.artifacts import ArtifactError
+from krrst_dist.data.errors import DataError
 from krrst_dist.methods.common.protocol import Part
 from krrst_dist.on_ray import collective, network
 from krrst_dist.on_ray.collective import Combine, Told
+from krrst_dist.on_ray.errors import UnfitHost
 from krrst_dist.on_ray.shard_log import ShardLogs, ray_log_folder
 from krrst_dist.on_ray.sliced import Arrays, BuildSlice, Head, SlicedParts
 from krrst_dist.provenance import code_fingerprint, versions
@@ -125,11 +127,17 @@ class Worker:
 
     def build(self, build: Build, shards: Iterable[int], measure: Measure | None, build_slice: BuildSlice | None = None,
               slices: Iterable[tuple[int, int]] = (), run: str | None = None) -> None:
-        """Make the shards, and slices (shard, p) of shards. run: whose logs the shards write to."""
-        self._shards = [build(shard) for shard in shards]
+        """Make the shards, and slices (shard, p) of shards. run: whose logs the shards write to. Raises UnfitHost for a DataError."""
+        try:
+            self._shards = [build(shard) for shard in shards]
+            built = {(shard, p): build_slice(shard, p) for shard, p in slices}
+        except DataError as error:
+            unfit = UnfitHost(str(error))
+            unfit.node = self.node()
+            raise unfit from error
         self._log = ShardLogs(run, [shard.index for shard in self._shards], ray_log_folder()) if run else None
         self._tell("built")
-        self._slices = SlicedParts(self._shards, {(shard, p): build_slice(shard, p) for shard, p in slices})
+        self._slices = SlicedParts(self._shards, built)
         self._measure = measure
         self._at: int | None = None  # the last update that the shards took part in
         self._behind = False  # do they still have to follow it up?
