@@ -7,6 +7,7 @@ nothing is shared between them but an S3 server. Needs root; `bash tests/run.sh 
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -135,6 +136,21 @@ def test_three_hosts_distil_what_one_machine_does(cluster, undisturbed, tmp_path
     assert fingerprint(cluster, out) == undisturbed
     status = cluster.on_laptop(f"krrst status {out}", timeout=120)
     assert "finished, update 240 of 240" in status.stdout
+
+
+def test_actors_on_three_hosts_that_sum_among_themselves_come_to_the_same_but_for_rounding(cluster, undisturbed, tmp_path):
+    out = "s3://bucket/all-reduce"
+    job = cluster.begin(f"krrst submit --address {DASHBOARD} {RUN} --engine.aggregate collective --out {out} --actors 3", tmp_path / "log")
+    wait(lambda: job.poll() is not None or len(working(cluster)) == 3, "an actor on each host", deadline_s=DEADLINE)
+    assert job.wait(timeout=DEADLINE) == 0, (tmp_path / "log").read_text()
+    where = [f"{run}/seed-0/{name}.safetensors" for run in (out, "/root/alone/run") for name in ("distilled", "start")]
+    compare = f"""import numpy
+from krrst_dist.artifacts import DistilledSet
+here, start, alone, _ = (DistilledSet.load(path).x_syn for path in {where!r})
+print(numpy.linalg.norm(here - alone) / numpy.linalg.norm(alone - start))"""
+    apart = float(cluster.on_laptop(f"python -c {shlex.quote(compare)}", timeout=120).stdout.split()[-1])
+    print(f"\nby all-reduce over TCP: {apart:.2g} of the way apart from the set that one machine distils")
+    assert apart < 0.01
 
 
 def ends_as_if_undisturbed(run: Running, undisturbed: str) -> None:
