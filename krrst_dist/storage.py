@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import os
 import stat
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -199,7 +198,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         with open(temporary, "xb") as held:
             _lock(held.fileno())
-            _sweep(path)
+            _sweep(path, now=os.fstat(held.fileno()).st_mtime)  # by the file system's own clock: hosts that share one may differ
             yield temporary
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
@@ -223,9 +222,8 @@ def _lock(file: int) -> bool:
     return True
 
 
-def _sweep(path: Path) -> None:
+def _sweep(path: Path, *, now: float) -> None:
     """Remove the temporary files that earlier writers of `path` left, and any beside it that are a day old."""
-    now = time.time()
     with suppress(OSError), os.scandir(path.parent) as entries:
         for entry in entries:
             if entry.name.startswith(_TEMPORARY):

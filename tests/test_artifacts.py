@@ -471,6 +471,15 @@ def test_a_temporary_file_that_is_a_day_old_goes_with_any_write_beside_it(tmp_pa
     assert [name.rpartition("-")[2] for name in sorted(os.listdir(tmp_path))] == ["23.bin", "x.bin"]
 
 
+def test_a_writer_whose_clock_is_a_day_ahead_takes_no_fresh_file_for_a_left_one(tmp_path, monkeypatch):
+    fresh = tmp_path / f".partial-{uuid.uuid4().hex}-another.bin"
+    fresh.touch()
+    here = time.time
+    monkeypatch.setattr(time, "time", lambda: here() + 90_000)
+    storage.write_whole(tmp_path / "x.bin", b"")
+    assert fresh.exists()
+
+
 def test_a_half_written_file_is_not_listed(tmp_path):
     with storage.atomic_path(tmp_path / "x.bin") as temporary:
         temporary.write_bytes(b"half")
