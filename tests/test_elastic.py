@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -97,8 +98,12 @@ def test_a_host_that_is_drained_is_left_after_a_checkpoint_with_no_update_lost(n
     drain = ["drain-node", "--address", nodes.address, "--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
              "--reason-message", "a spot instance", "--deadline-remaining-seconds", "600"]
     subprocess.run([ray_command(), *drain], check=True, capture_output=True)
+    noticed = time.monotonic()
     run.until(lambda: run.process(0) == run.process(1), "one actor")
     before = run.updates()
+    run.until(lambda: run.updates() > before, "another update")
+    with capsys.disabled():
+        print(f"\nhost drained: {time.monotonic() - noticed:.0f} s until the next update elsewhere")
     nodes.remove_node(node)
     run.ends_as_if_undisturbed()
     assert [incarnation for _, incarnation in run.checkpoints()] == [1, 1, 2] and run.checkpoints()[1][0] == before
@@ -110,7 +115,12 @@ def test_an_actor_that_gets_sigterm_is_left_after_a_checkpoint_with_no_update_lo
     run.until(lambda: run.updates() > 3, "updates")
     warned = run.process(0)
     os.kill(warned, signal.SIGTERM)
+    noticed = time.monotonic()
     run.until(lambda: run.process(0) != warned, "another process")
+    before = run.updates()
+    run.until(lambda: run.updates() > before, "another update")
+    with capsys.disabled():
+        print(f"\nactor given SIGTERM: {time.monotonic() - noticed:.0f} s until the next update elsewhere")
     run.ends_as_if_undisturbed()
     assert [incarnation for _, incarnation in run.checkpoints()] == [1, 1, 2]
     assert f"process {warned}) will be taken away; going on from" in capsys.readouterr().out
