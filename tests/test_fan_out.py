@@ -16,6 +16,8 @@ import ray
 from ray.cluster_utils import Cluster
 from test_data_parts import small_parts  # noqa: F401 (a fixture)
 from test_data_prepare import holiday, prepare_holiday, visible
+from test_data_sources import write_parquet
+from test_data_tar import write_tar
 
 from krrst_dist import storage
 from krrst_dist.data.cache import Cache
@@ -97,6 +99,23 @@ def test_both_nodes_write_the_parts_that_one_process_writes(tmp_path, nodes, cap
 def test_a_nodes_files_are_read_where_they_are(tmp_path):
     root = holiday(tmp_path, COUNT)
     assert same(prepare_holiday(root, tmp_path / "out", writers=fan_out.write_parts), prepare_holiday(root, tmp_path / "alone"))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_parts_of_parquet_files_and_of_tar_shards_are_to_the_bit_those_that_one_process_writes(kind, tmp_path, capfd):
+    payloads = [path.read_bytes() for path in sorted((holiday(tmp_path / "made", COUNT) / "holiday").iterdir())]
+    for shard, (first, stop) in enumerate(((0, 17), (17, COUNT))):  # the third of the parts is of both
+        if kind == "parquet":
+            write_parquet(tmp_path / f"holiday-train-{shard:05d}-of-00002.parquet", payloads[first:stop],
+                          [i % 3 for i in range(first, stop)], row_group_size=4)
+        else:
+            write_tar(tmp_path / f"holiday-train-{shard:06d}.tar", {name: payload for i in range(first, stop) for name, payload in (
+                (f"{i:04d}.png", payloads[i]), (f"{i:04d}.cls", str(i % 3).encode()))})
+    many = prepare_holiday(tmp_path, tmp_path / "out", writers=fan_out.write_parts, progress=True)
+    assert "6 parts are written by" in capfd.readouterr().out
+    one = prepare_holiday(tmp_path, tmp_path / "alone")
+    assert same(many, one) and many.class_names == ("0", "1", "2") and len(many.files) == PARTS
+    assert [path.read_bytes() for path in many.files] == [path.read_bytes() for path in one.files]
 
 
 def test_a_part_whose_process_is_killed_is_written_again_and_the_rest_is_not(tmp_path, capfd):
