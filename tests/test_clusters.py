@@ -199,13 +199,15 @@ def test_connecting_twice_joins_the_same_cluster(ray_cluster):
     assert ray.get_runtime_context().get_node_id() == before
 
 
-def test_without_an_address_a_cluster_is_started_with_tokens_whose_workers_run_this_code(tmp_path):
+def test_without_an_address_a_cluster_is_started_with_tokens_and_its_dashboard_on_the_loopback_whose_workers_run_this_code(tmp_path):
     program = tmp_path / "program.py"
     program.write_text("""
 import os
 from krrst_dist.on_ray.cluster import connect
 connect(num_cpus=3)
 import ray
+from ray._private.worker import get_dashboard_url
+from sockets import listening
 
 @ray.remote
 def look():
@@ -213,11 +215,13 @@ def look():
     return os.environ["RAY_AUTH_MODE"], os.environ["RAY_USAGE_STATS_ENABLED"], os.path.dirname(os.path.dirname(krrst_dist.__file__))
 
 assert ray.cluster_resources()["CPU"] == 3
-print(*ray.get(look.remote()))
+dashboard = int(get_dashboard_url().rpartition(":")[2])
+print(*ray.get(look.remote()), *(address for address, port in listening("dashboard/dashboard.py") if port == dashboard))
 """)
     environment = {name: value for name, value in os.environ.items() if name not in ("RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED")}
+    environment["PYTHONPATH"] += f"{os.pathsep}{ROOT / 'tests'}"
     ran = subprocess.run([sys.executable, program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert ran.stdout.split() == ["token", "0", str(ROOT)], ran.stderr
+    assert ran.stdout.split() == ["token", "0", str(ROOT), "127.0.0.1"], ran.stderr
 
 
 def test_an_address_without_a_cluster_is_refused(tmp_path):

@@ -14,13 +14,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+import requests
 import yaml
 from conftest import ROOT
+from sockets import listening
 
 from krrst_dist import paths, provenance, storage
 from krrst_dist.config import ConfigError
@@ -140,6 +143,28 @@ def test_a_cluster_with_tokens_is_found_and_who_has_none_or_another_is_told(clus
         monkeypatch.setattr(submit, "token", lambda shown=shown: shown)
         with pytest.raises(ClusterError, match=f"--address = '{cluster}': the cluster asks for its token and {said}.*copy the head's"):
             check_address(cluster, name="--address")
+
+
+def test_the_server_that_takes_jobs_listens_on_the_loopback_only(cluster):
+    ours = int(cluster.rpartition(":")[2])
+    assert {address for address, port in listening("dashboard/dashboard.py") if port == ours} == {"127.0.0.1"}
+
+
+def test_the_agent_that_runs_jobs_and_listens_on_the_network_refuses_who_shows_no_token(cluster):
+    def statuses(**headers: str) -> set[int]:
+        found = set()
+        for address, port in listening("ray::DashboardAgent"):
+            if not ip_address(address).is_unspecified:  # not where it tells metrics
+                log = f"http://{address}:{port}/api/job_agent/jobs/none/logs"
+                with suppress(requests.ConnectionError):
+                    found.add(requests.get(log, headers=headers, timeout=10).status_code)
+        return found
+
+    deadline = time.monotonic() + submit.READY_SECONDS
+    while not (refused := statuses()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert refused == {401} and statuses(Authorization=f"Bearer {token()}") == {404}
 
 
 def test_the_token_that_is_shown_is_that_of_the_variables_before_that_of_the_file(monkeypatch, tmp_path):
