@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from ipaddress import ip_address
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 import yaml
@@ -34,6 +35,7 @@ from krrst_dist.presets_and_grids import CARRIED, load_preset
 from krrst_dist.storage import StorageError
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray sets for a job's entry point
+SECRETS = {"AWS_ACCESS_KEY_ID": "KeyIdNotToBeSeen", "AWS_SECRET_ACCESS_KEY": "KeyNotToBeSeen", "AWS_SESSION_TOKEN": "TokenNotToBeSeen"}
 
 
 def test_path_flags_become_absolute_and_everything_else_stays_as_it_is():
@@ -129,12 +131,21 @@ def test_the_address_that_a_run_joins_is_none_to_submit_to_and_both_forms_are_na
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """The address of a cluster that takes jobs, with tokens."""
+def cluster_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="krrst-ray-"))  # a short name, for sockets
-    with job_cluster(folder) as address:
-        yield address
+    yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def cluster(cluster_folder) -> Iterator[str]:
+    """The address of a cluster that takes jobs, with tokens, whose processes have secrets in their environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)  # a job's `python` is this one
+        for name, value in SECRETS.items():
+            patch.setenv(name, value)
+        with job_cluster(cluster_folder) as address:
+            yield address
 
 
 def test_a_cluster_with_tokens_is_found_and_who_has_none_or_another_is_told(cluster, monkeypatch):
@@ -370,6 +381,40 @@ def test_a_job_runs_the_uploaded_code_with_absolute_paths_the_users_files_and_th
     assert report == {"out": str(project / "runs" / "p-0"), "in_job": True,
                       "same_code": True, "commit": [git(project, "rev-parse", "HEAD")] * 2, "auth": "token", "changed": True}
     assert process.returncode == 1  # what `ray job submit` makes of a job that failed
+
+
+TINY = """
+base: quickstart
+repeats: 1
+target: {network: {widths: [8, 8, 8]}, steps: 0}
+distill: {m: 8, batch: 16, updates: 3, pool: {network: {widths: [4, 4, 8]}, size: 2, max_steps: 4}}
+evaluate: {networks: 1, every: 3, pretrain: {steps: 3}, probe: {steps: 3}}
+engine: {checkpoint_every: 2}
+"""
+
+
+def test_token_and_keys_of_the_environment_are_in_nothing_that_a_run_says_uploads_or_leaves(cluster, cluster_folder, project, monkeypatch):
+    folder = project.parent
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token())
+    shutil.copy(ROOT / "jobs/distill_imagenet.py", project / "jobs")
+    (folder / "tiny.yaml").write_text(TINY)
+    process = start(project, "jobs/distill_imagenet.py", "--preset", "../tiny.yaml", "--out", "../results/run", address=cluster)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    raylet = next(process for process in psutil.Process().children(recursive=True) if process.name() == "raylet")
+    assert SECRETS.items() <= raylet.environ().items()  # which it hands on to the workers
+    session = cluster_folder / "session_latest"
+    places = [(folder / "results", "*"), (session / "runtime_resources/working_dir_files", "*"),
+              *((session / "logs", pattern) for pattern in ("job-driver-*", "worker-*", "krrst-*"))]
+    said = {str(path): path.read_bytes() for place, pattern in places for path in place.rglob(pattern) if path.is_file()}
+    names = {Path(path).name for path in said}
+    assert {"results.json", "status.json", "config.yaml", "distill_imagenet.py", "krrst-run-seed-0-shard-0.jsonl"} <= names
+    assert any(b"== evaluate" in content for path, content in said.items() if "job-driver-" in path)
+    told = requests.get(f"{cluster}/api/jobs/", headers={"Authorization": f"Bearer {token()}"}, timeout=10)
+    assert "tiny.yaml" in told.text
+    said |= {"the command's output": output.encode(), "what the cluster tells of its jobs": told.content}
+    secrets = [secret.encode() for secret in (token(), *SECRETS.values())]
+    assert [place for place, content in said.items() if any(secret in content for secret in secrets)] == []
 
 
 def test_ctrl_c_stops_the_job_which_may_still_end_by_itself(cluster, project):
