@@ -1,4 +1,4 @@
-"""Work beside distilling: answers in order, a lost process is replaced, a silent one is named."""
+"""Work beside distilling, and trials: answers in order, a lost process is replaced, a silent one is named."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import ray
 
 from krrst_dist.data.errors import DataError
-from krrst_dist.on_ray import errands
+from krrst_dist.on_ray import errands, signs
 from krrst_dist.on_ray.errors import EngineError
+from krrst_dist.on_ray.trials import run_trials
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 @pytest.fixture(autouse=True)
 def in_short(monkeypatch, ray_cluster) -> None:
-    monkeypatch.setattr(errands, "DEAF", 3.0)
-    monkeypatch.setattr(errands, "STALLED", 4.0)
-    monkeypatch.setattr(errands, "_BEAT", 0.2)
-    monkeypatch.setattr(errands, "_LOOK", 0.2)
+    monkeypatch.setattr(signs, "DEAF", 3.0)
+    monkeypatch.setattr(signs, "STALLED", 4.0)
+    monkeypatch.setattr(signs, "BEAT", 0.2)
+    monkeypatch.setattr(signs, "LOOK", 0.2)
 
 
 def run(work: Callable, *calls: object) -> list[tuple[str, object]]:
@@ -36,6 +38,27 @@ def mark(folder: Path) -> int:
     """Leave this process's number behind; how many have done so."""
     (folder / str(os.getpid())).touch()
     return len(list(folder.iterdir()))
+
+
+@contextmanager
+def stopping(file: Path) -> Iterator[None]:
+    """Stop the process whose number comes to be in a file, and kill it at the end."""
+    def number() -> int:
+        return int(file.read_text() or 0) if file.exists() else 0
+
+    def stop() -> None:
+        while not number():
+            time.sleep(0.1)
+        time.sleep(2)
+        os.kill(number(), signal.SIGSTOP)
+
+    thread = threading.Thread(target=stop, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(timeout=60)
+        os.kill(number(), signal.SIGKILL)
 
 
 def test_answers_come_in_the_order_of_the_calls_whichever_is_done_first():
@@ -69,7 +92,7 @@ def test_work_that_kills_its_process_every_time_ends_in_an_error_that_says_so(tm
         mark(folder)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(EngineError, match=r"work .* was lost 3 times, the last time for this: .*memory and logs.*--resume"):
+    with pytest.raises(EngineError, match=r"work .* was lost, 3 times in all: .*memory and logs.*--resume"):
         run(die, tmp_path)
     assert len(list(tmp_path.iterdir())) == errands.ATTEMPTS
 
@@ -82,23 +105,21 @@ def test_a_process_that_stands_still_is_named_beside_one_that_works(tmp_path):
             alive()
             time.sleep(0.1)
 
-    still, stopped = tmp_path / "still", []
+    still = tmp_path / "still"
+    with stopping(still), pytest.raises(EngineError, match=r"still on .* \(process \d+\) has not answered for \d+ s: it has") as told:
+        run(stand_still, "works", str(still))
+    assert f"(process {still.read_text()})" in str(told.value)
 
-    def stop() -> None:
-        while not (still.exists() and still.read_text()):
-            time.sleep(0.1)
-        time.sleep(2)
-        stopped.append(int(still.read_text()))
-        os.kill(stopped[0], signal.SIGSTOP)
 
-    threading.Thread(target=stop, daemon=True).start()
-    try:
-        with pytest.raises(EngineError, match=r"still on .* \(process \d+\) has not answered for \d+ s: it has stopped") as refused:
-            run(stand_still, "works", str(still))
-    finally:
-        for process in stopped:
-            os.kill(process, signal.SIGKILL)
-    assert f"(process {stopped[0]})" in str(refused.value)
+def test_a_trial_that_stands_still_is_named(tmp_path):
+    def trial(config: dict, *, work: dict) -> None:
+        Path(work[config["key"]]).write_text(str(os.getpid()))
+        threading.Event().wait()
+
+    still = tmp_path / "still"
+    with stopping(still), pytest.raises(EngineError, match=r"the cell still on .* \(process \d+\) has not answered for \d+ s"):
+        list(run_trials("cells", trial, {"still": str(still), "works": str(tmp_path / "works")}, cpus=1, gpus=0, retries=1,
+                        storage=str(tmp_path), title=lambda key: f"the cell {key}"))
 
 
 def test_work_that_gets_no_further_is_named_although_its_process_lives():

@@ -21,6 +21,7 @@ from krrst_dist.feature_map import FILE, FeatureMap
 from krrst_dist.methods.common.source import Source
 from krrst_dist.on_ray import assembly, cluster, errands, preflight, rooms, targets
 from krrst_dist.on_ray.places import Places, prepared_source
+from krrst_dist.on_ray.signs import Alive
 from krrst_dist.on_ray.targets import Targets
 
 
@@ -70,7 +71,7 @@ def features(path: Annotated[str, tyro.conf.Positional], data: str | None = None
     return 0
 
 
-def _compute(config: Config, cache: Cache, beton: Path, found: Targets, path: str, alive: errands.Alive) -> None:
+def _compute(config: Config, cache: Cache, beton: Path, found: Targets, path: str, alive: Alive) -> None:
     """Compute one on whichever node this task runs on."""
     torch.set_num_threads(config.engine.threads)
     cache.fetch(*found.files)

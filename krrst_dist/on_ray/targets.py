@@ -15,6 +15,7 @@ from krrst_dist.data.prepared import TARGETS_OF, Prepared, held_out_split
 from krrst_dist.data.targets import write_targets
 from krrst_dist.evaluation.target_model import load_target, target_fingerprint
 from krrst_dist.on_ray import assembly, errands, rooms
+from krrst_dist.on_ray.signs import Alive
 from krrst_dist.on_ray.target_training import train_target
 
 
@@ -54,7 +55,7 @@ def views_of(config: Config) -> int:
     return getattr(config.distill, "views", 0)
 
 
-def _represent(config: Config, cache: Cache, manifest: Path, model: str, fingerprint: str, path: Path, alive: errands.Alive) -> None:
+def _represent(config: Config, cache: Cache, manifest: Path, model: str, fingerprint: str, path: Path, alive: Alive) -> None:
     """Compute the side file on whichever node this task runs on."""
     torch.set_num_threads(config.engine.threads)
     prepared = cache.fetch_prepared(manifest)

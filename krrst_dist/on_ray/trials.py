@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray import tune
+from ray.actor import ActorHandle
 from ray.tune.logger import JsonLoggerCallback
 
 from krrst_dist.on_ray.errors import EngineError
+from krrst_dist.on_ray.signs import BEAT, Watch, beating
 from krrst_dist.storage import StorageError
 
 
@@ -41,7 +43,8 @@ def run_trials(name: str, trainable: Callable[..., None], work: Mapping[str, Any
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # else it prints tables of its own, whatever `verbose` says
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # with it, Ctrl-C would end the trials and not the grid
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # result.json holds all; TensorBoard's writer can hang when Python ends early
-    bound = tune.with_parameters(trainable, work=dict(work), **common)
+    watch = Watch(stalls=False)
+    bound = tune.with_parameters(_watched, do=trainable, ear=watch.ear, every=BEAT, work=dict(work), **common)
     tuner = tune.Tuner(
         tune.with_resources(bound, {"cpu": cpus, "gpu": gpus}),
         param_space={"key": tune.grid_search(list(work))},
@@ -49,12 +52,14 @@ def run_trials(name: str, trainable: Callable[..., None], work: Mapping[str, Any
         run_config=tune.RunConfig(name=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}", storage_path=storage, verbose=0,
                                   failure_config=tune.FailureConfig(max_failures=retries),
                                   sync_config=tune.SyncConfig(sync_artifacts=True, sync_period=10),  # the trials' logs
-                                  callbacks=[JsonLoggerCallback(), _Progress(name, len(work), title)]))
+                                  callbacks=[JsonLoggerCallback(), _Progress(name, len(work), title, watch)]))
     try:
         results = tuner.fit()
     except OSError as error:
         raise StorageError(f"Ray Tune cannot write its records below {storage}: {error}; check the permissions and the free space. What is "
                            f"finished is kept, the same command goes on") from error
+    finally:
+        watch.end()
     for result in results:
         yield _ended(result)
 
@@ -79,11 +84,22 @@ def _trial_name(trial: Any) -> str:
     return f"trial-{trial.trial_id}"
 
 
-class _Progress(tune.Callback):
-    """A line for every trial that ends, with the time that the rest will take."""
+def _watched(config: dict[str, str], *, do: Callable[..., None], ear: ActorHandle, every: float, **how: Any) -> None:
+    """One trial."""
+    with beating(ear, config["key"], every):
+        do(config, **how)
 
-    def __init__(self, name: str, total: int, title: Callable[[str], str]) -> None:
+
+class _Progress(tune.Callback):
+    """A line for every trial that ends, with the time that the rest will take. One that is silent ends them all."""
+
+    def __init__(self, name: str, total: int, title: Callable[[str], str], watch: Watch) -> None:
         self._name, self._total, self._title, self._done, self._started = name, total, title, 0, time.monotonic()
+        self._watch = watch
+
+    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
+        running = [trial.config["key"] for trial in trials if trial.status == trial.RUNNING]
+        self._watch.look({key: self._title(key) for key in running})
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         last = trial.last_result or {}
