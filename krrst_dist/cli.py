@@ -26,7 +26,7 @@ USAGE = """krrst: self-supervised dataset distillation (KRR-ST)
   krrst evaluate    ... and measure what the sets are worth (what jobs/distill_imagenet.py does)
   krrst grid        distilled sets x architectures x targets x tasks x seeds (what jobs/transfer_grid.py does)
   krrst submit      one of the two as a job on a Ray cluster (RAY_ADDRESS or --address; else one started here)
-  krrst status      is a distillation alive, how far is it, when will it end? From its folder or URI alone
+  krrst status      is a run or a grid alive, how far is it, when will it end? From its folder or URI alone
   krrst report      the paper's tables of a grid's results
   krrst results     a results store: show, merge, export
   krrst explore     the same in a browser, with trials, charts and the distilled images; also while a grid runs

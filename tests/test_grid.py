@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -37,6 +38,7 @@ from krrst_dist.on_ray import cluster, grid, grid_sets
 from krrst_dist.on_ray.grid_plan import check_grid, plan
 from krrst_dist.on_ray.grid_sets import _code, given, load_presets
 from krrst_dist.on_ray.grid_work import Target
+from krrst_dist.on_ray.heartbeat import Beat
 from krrst_dist.on_ray.places import Places
 from krrst_dist.presets_and_grids import load_preset
 from krrst_dist.provenance import Revision
@@ -146,6 +148,11 @@ def test_each_network_is_trained_once_whoever_uses_it(whole):
     names = files(whole, "models")
     assert len([name for name in names if name.startswith("encoder")]) == len(KINDS) * 2  # sets that are trained on, seeds
     assert len([name for name in names if name.startswith("teacher")]) == 1
+
+
+def test_a_grid_that_has_ended_says_so_in_its_folder(whole):
+    job = Beat.read(str(whole))
+    assert job.state == "finished" and re.match(r"cells (\d+)/\1, 0 s left: ", job.doing)
 
 
 def test_learning_curves_are_in_tunes_records(whole):

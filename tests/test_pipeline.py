@@ -34,6 +34,7 @@ from krrst_dist.evaluation.table import KRRST, RANDOM, SCRATCH, Row, from_json
 from krrst_dist.evaluation.target_model import save_target, untrained
 from krrst_dist.feature_map import FILE, FeatureMap
 from krrst_dist.on_ray import cluster, pipeline
+from krrst_dist.on_ray.heartbeat import Beat
 from krrst_dist.presets_and_grids import load_preset
 from krrst_dist.storage import StorageError
 
@@ -123,6 +124,13 @@ def test_a_run_ends_with_a_table_of_every_method_seed_and_metric(quickstart):
     shown = (quickstart.folder / "run" / "results.md").read_text()
     assert all(name in shown for name in (SCRATCH, RANDOM, KRRST, *metrics))
     assert "mean ± population std over seeds 0, 1" in shown and f"preset quickstart, commit {provenance.revision().commit[:12]}" in shown
+
+
+def test_a_job_that_has_ended_says_so_beside_its_runs(quickstart, capsys):
+    run = quickstart.folder / "run"
+    assert cli.main(["status", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert f"{run}: finished\n" in said and said.count("finished, update 6 of 6") == 2
 
 
 def test_a_run_ends_with_pictures(quickstart):
@@ -490,6 +498,8 @@ def test_ctrl_c_stops_the_job_with_status_130_and_resume_ends_where_an_undisturb
     assert process.returncode == 130, said
     assert "stopped; checkpoints are kept: the same command with --resume goes on" in said and "Traceback" not in said
     assert not (digits.folder / "killed" / "seed-0" / "distilled.safetensors").exists()
+    job = Beat.read(str(digits.folder / "killed"))
+    assert (job.state, job.doing) == ("stopped", "stage: distil")
 
     assert newest() >= 20
     a_bit_more = endless | {"distill.updates": newest() + 10}

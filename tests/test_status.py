@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,8 @@ import requests
 from krrst_dist import cli
 from krrst_dist.artifacts import ArtifactError
 from krrst_dist.on_ray import status
-from krrst_dist.on_ray.heartbeat import FILE, Beat, Heartbeat
+from krrst_dist.on_ray.errors import TakenOverError
+from krrst_dist.on_ray.heartbeat import FILE, Beat, Heartbeat, of_job
 
 ray.cloudpickle.register_pickle_by_value(engine_parts)
 NOON = 1_800_000_000.0
@@ -67,6 +69,24 @@ def test_a_beat_says_step_speed_checkpoint_and_what_the_run_does(tmp_path):
     words = status.in_words("run", beat, alive=True)
     assert "alive, update 3 of 100" in words and "0.5 s an update, time left 0:00:48" in words and "all is well" in words
     assert "gone without a word" in (words := status.in_words("run", beat, alive=False)) and "--resume" in words
+
+
+@pytest.mark.parametrize(("error", "state", "doing"), [
+    (None, "finished", "stage: target"), (ValueError("no room"), "failed", "no room"), (KeyboardInterrupt(), "stopped", "stage: target"),
+    (TakenOverError("by another"), "running", "starting")])
+def test_a_job_of_several_stages_beats_until_it_ends(tmp_path, error, state, doing):
+    with pytest.raises(type(error)) if error else nullcontext(), of_job(str(tmp_path)) as says:
+        deadline = time.monotonic() + 30
+        while Beat.read(str(tmp_path)) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        says("stage: target")
+        if error:
+            raise error
+    last = Beat.read(str(tmp_path))
+    assert (last.state, last.doing) == (state, doing)
+    words = status.in_words("job", last, alive=False)
+    assert words.startswith(f"job: {'gone without a word' if state == 'running' else state}\n") and "checkpoint" not in words
 
 
 def test_it_beats_by_itself(tmp_path):

@@ -7,7 +7,7 @@ Knows the order of things; what a trial does is in `grid_trial.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import yaml
 
@@ -23,6 +23,7 @@ from krrst_dist.on_ray.grid_plan import check_grid, check_names_kept, check_set,
 from krrst_dist.on_ray.grid_sets import GridSet, check_makeable, given, load_presets, make
 from krrst_dist.on_ray.grid_trial import Workshop, cell_trial, model_trial
 from krrst_dist.on_ray.grid_work import Planned, Target
+from krrst_dist.on_ray.heartbeat import of_job
 from krrst_dist.on_ray.places import Places, prepared_split
 from krrst_dist.on_ray.preflight import Split
 from krrst_dist.on_ray.stopping import sigterm_as_interrupt
@@ -51,18 +52,26 @@ def run(grid: Grid, *, data: str | None = None, out: str | None = None, cache: s
     cluster.connect()
     rooms.require(grid.cpus, grid.gpus, 1, wait=wait)
     require_nodes_alike(Host.of_this_process())
-    targets = _targets(grid, images, places, wait=wait)
-    sets, missing = _made(grid, there, places, wait=wait)
-    cells = plan(grid, sets, targets, fid.sources(grid, sets, places, wait=wait), places.out, files=files)
+    with of_job(places.out) as says:
+        says("preparing the targets")
+        targets = _targets(grid, images, places, wait=wait)
+        sets, missing = _made(grid, there, places, says, wait=wait)
+        cells = plan(grid, sets, targets, fid.sources(grid, sets, places, wait=wait), places.out, files=files)
+        failed = _computed(grid, cells, places, store, says, recompute=recompute)
+    print("\n".join([*missing, f"results  {store.uri}", f"next: krrst report {store.uri}"]))
+    return int(failed > 0 or bool(missing))
+
+
+def _computed(grid: Grid, cells: Sequence[Planned], places: Places, store: ResultStore, says: Callable[[str], None], *,
+              recompute: bool) -> int:
+    """Compute what is not finished; returns how many cells have no result."""
     storage.write_whole(storage.join(places.out, "grid.yaml"), yaml.safe_dump(grid.model_dump(mode="json"), sort_keys=False).encode())
 
     finished = {} if recompute else store.finished()
     check_names_kept(cells, finished, store.uri)
     open_ = [planned for planned in cells if planned.cell.key not in finished]
     print(f"grid {grid.name}: {len(cells)} cells, {len(cells) - len(open_)} finished before", flush=True)
-    failed = _compute(grid, open_, places, store, anew=recompute) if open_ else 0
-    print("\n".join([*missing, f"results  {store.uri}", f"next: krrst report {store.uri}"]))
-    return int(failed > 0 or bool(missing))
+    return _compute(grid, open_, places, store, says, anew=recompute) if open_ else 0
 
 
 def _there(grid: Grid, places: Places) -> list[list[GridSet]]:
@@ -79,12 +88,14 @@ def _there(grid: Grid, places: Places) -> list[list[GridSet]]:
     return there
 
 
-def _made(grid: Grid, there: Sequence[Sequence[GridSet]], places: Places, *, wait: bool) -> tuple[list[GridSet], list[str]]:
+def _made(grid: Grid, there: Sequence[Sequence[GridSet]], places: Places, says: Callable[[str], None], *,
+          wait: bool) -> tuple[list[GridSet], list[str]]:
     """All sets, the missing ones made, and a sentence for each that could not be: the rest goes on."""
     sets, missing = [], []
     for entry, found in zip(grid.sets, there, strict=True):
         sets += found
         for config in load_presets(entry, grid.gpus):
+            says(f"making the set of {entry.method}, seed {config.seed}")
             try:
                 sets.append(make(entry, config, places, wait=wait))
             except (ArithmeticError, EngineError) as error:
@@ -100,12 +111,12 @@ def _targets(grid: Grid, images: Mapping[Split, Images], places: Places, *, wait
     return [Target.of(name, betons[name, "train"], betons[name, "test"], validation=grid.split == "validation") for name in grid.targets]
 
 
-def _compute(grid: Grid, cells: Sequence[Planned], places: Places, store: ResultStore, *, anew: bool) -> int:
+def _compute(grid: Grid, cells: Sequence[Planned], places: Places, store: ResultStore, says: Callable[[str], None], *, anew: bool) -> int:
     """Networks first (anew: those that are there, too), then cells; returns how many cells have no result."""
     records = storage.join(places.out, "tune")
     workshop = Workshop(places.cache, store, records, grid.resolution, grid.cpus, grid.gpus)
     models = {model.uri: model for planned in cells for model in planned.models if anew or not storage.exists(model.uri)}
-    how = {"cpus": grid.cpus, "gpus": grid.gpus, "retries": grid.retries, "storage": records, "workshop": workshop}
+    how = {"cpus": grid.cpus, "gpus": grid.gpus, "retries": grid.retries, "storage": records, "says": says, "workshop": workshop}
     ended = run_trials("networks", model_trial, models, title=lambda uri: models[uri].title, **how)
     bad = {uri: end for uri, end in ended if end.status != "ok"}
 

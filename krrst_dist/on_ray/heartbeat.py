@@ -13,7 +13,8 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Literal
 
@@ -21,6 +22,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from krrst_dist import storage
 from krrst_dist.artifacts import ArtifactError
+from krrst_dist.on_ray.errors import TakenOverError
 
 BEAT = 20.0  # seconds
 FILE, FORMAT = "status.json", "krrst_dist status, version 1"
@@ -35,8 +37,9 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Beat:
     """What a run said last.
 
-    number: of this beat in its process, which `process` names. doing: the last line it printed. step: updates done, None before any
-    is known. seconds: one update, None before the first. checkpoint: the last good one. written: Unix time by the writer's clock.
+    updates: in all; 0 for a job of several stages, which has none of its own. number: of this beat in its process, which `process`
+    names. doing: the last line it printed, or the stage. step: updates done, None before any is known. seconds: one update, None before
+    the first. checkpoint: the last good one. written: Unix time by the writer's clock.
     """
 
     state: State
@@ -123,3 +126,22 @@ class Heartbeat:
                 storage.write_whole(storage.join(self._directory, FILE), payload.encode())
             except (OSError, storage.StorageError):
                 pass  # the next one tells as much
+
+
+@contextmanager
+def of_job(directory: str) -> Iterator[Callable[[str], None]]:
+    """Beats for a job of several stages, until the block ends; gives what tells what it does now."""
+    heart = Heartbeat(directory, updates=0)
+    heart.start()
+    try:
+        yield heart.says
+    except TakenOverError:
+        heart.stop()  # the folder is another process's now
+        raise
+    except KeyboardInterrupt:
+        heart.end("stopped")
+        raise
+    except BaseException as error:
+        heart.end("failed", str(error))
+        raise
+    heart.end("finished")

@@ -7,7 +7,7 @@ first stage that is not finished. Knows the order of the stages and where their 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -21,6 +21,7 @@ from krrst_dist.data.sources import open_images
 from krrst_dist.on_ray import cluster, features, preflight, report, rooms, targets
 from krrst_dist.on_ray.alike import require_nodes_alike
 from krrst_dist.on_ray.distillation import distil, seed_directory, seeds
+from krrst_dist.on_ray.heartbeat import of_job
 from krrst_dist.on_ray.places import Places, prepared_split
 from krrst_dist.on_ray.resume import check_resume
 from krrst_dist.on_ray.stopping import sigterm_as_interrupt
@@ -57,7 +58,13 @@ def run_stages(config: Config, places: Places, *, resume: bool = False, wait: bo
             if until != "prepare":
                 rooms.require(config.engine.threads, config.engine.gpus, config.engine.min_actors or config.engine.actors, wait=wait)
             require_nodes_alike(Host.of_this_process())
+    with of_job(places.out) as clock.says:
+        return _stages(config, places, images, clock, resume=resume, wait=wait, on_bad_image=on_bad_image, until=until)
 
+
+def _stages(config: Config, places: Places, images: Mapping[preflight.Split, Images], clock: Clock, *, resume: bool, wait: bool,
+            on_bad_image: Literal["stop", "skip"], until: Stage) -> int:
+    """From prepare on, when all that can be known beforehand is in order."""
     with clock("prepare"):
         betons = _prepare(config, places, images, until=until, wait=wait, on_bad_image=on_bad_image)
     source = betons[config.source.dataset, "train"]
@@ -121,10 +128,13 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.says: Callable[[str], None] = lambda line: None
+        """told which stage begins"""
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         print(f"== {stage}", flush=True)
+        self.says(f"stage: {stage}")
         start = time.monotonic()
         try:
             yield

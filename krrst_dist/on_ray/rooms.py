@@ -68,7 +68,7 @@ class Rooms:
 
     def leave_out(self, node: str, why: str) -> None:
         """Take no room on a node of the cluster any more."""
-        self._unfit[node] = why
+        self._unfit = self._unfit | {node: why}  # other threads may be reading
 
     @contextmanager
     def take(self, *, stop: Callable[[], bool] = lambda: False, patience: float = 0,

@@ -1,4 +1,4 @@
-"""`krrst status URI`: is a distillation alive, how far is it, when will it end? Told from its folder on storage alone.
+"""`krrst status URI`: is a job alive, how far is its distillation, when will that end? Told from its folder on storage alone.
 
 A run is alive when it beats (`heartbeat.py`). A beat that is young by the clock here is believed; where the clocks may differ,
 or nothing has come for a while, the next beat is waited for.
@@ -20,10 +20,10 @@ LATE = 3 * BEAT  # seconds after a beat within which the next must have come
 
 def main(argv: Sequence[str]) -> int:
     """Prints some lines a run; returns 0 when each is alive or finished, 1 otherwise."""
-    parser = argparse.ArgumentParser(prog="krrst status", allow_abbrev=False, description=f"""Is the distillation in a folder or at a URI
-        alive, how far is it, when will it end? Reads its storage alone. Waits up to {LATE:.0f} s for a sign of life where there is doubt.
-        Exits with status 0 when each run there is alive or finished.""")
-    parser.add_argument("uri", help="what --out was: a run's folder or URI, or one seed's folder in it")
+    parser = argparse.ArgumentParser(prog="krrst status", allow_abbrev=False, description=f"""Is the job in a folder or at a URI alive (a
+        distillation with all its stages, a grid), how far is it, when will its distillation end? Reads its storage alone. Waits up to
+        {LATE:.0f} s for a sign of life where there is doubt. Exits with status 0 when each run there is alive or finished.""")
+    parser.add_argument("uri", help="what --out was: the folder or URI of a run or a grid, or one seed's folder in it")
     directory = paths.resolve(parser.parse_args(argv).uri, name="uri")
     runs = watched(runs_in(directory))
     for run, (beat, alive) in runs.items():
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def runs_in(directory: str) -> dict[str, Beat]:
-    """The last beat of the run in a folder, or of each seed's run below it. Raises ConfigError where there is none."""
+    """The last beat of the job or run in a folder, and of each seed's run below it. Raises ConfigError where there is none."""
     places = [directory, *(storage.join(directory, name) for name in storage.list_names(directory) if name.startswith("seed-"))]
     found = {place: beat for place in places if (beat := Beat.read(place)) is not None}
     if not found:
@@ -59,14 +59,16 @@ def watched(runs: dict[str, Beat], *, clock: Callable[[], float] = time.time,
 
 
 def in_words(run: str, beat: Beat, *, alive: bool) -> str:
-    """A run's state, step, time left and last checkpoint."""
+    """A run's state, step, time left and last checkpoint; a job's state and stage."""
     state = "alive" if alive else "gone without a word" if beat.state == "running" else beat.state
     step = "no update yet" if beat.step is None else f"update {beat.step} of {beat.updates}"
-    lines = [f"{run}: {state}, {step}"]
+    lines = [f"{run}: {state}" + (f", {step}" if beat.updates else "")]
     if alive and beat.step is not None and beat.seconds is not None:
         left = timedelta(seconds=round(beat.seconds * (beat.updates - beat.step)))
         lines.append(f"  {beat.seconds:.3g} s an update, time left {left}")
     lines.append(f"  on {beat.host}, process {beat.pid}: {beat.doing}")
     go_on = not alive and beat.state in ("running", "stopped")  # a run that failed has said what to do
-    lines.append(f"  last checkpoint: {beat.checkpoint or 'none'}" + ("; the same command with --resume goes on from it" if go_on else ""))
+    if beat.updates:
+        further = "; the same command with --resume goes on from it" if go_on else ""
+        lines.append(f"  last checkpoint: {beat.checkpoint or 'none'}{further}")
     return "\n".join(lines)

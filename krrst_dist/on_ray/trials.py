@@ -32,11 +32,13 @@ class Ended:
 
 
 def run_trials(name: str, trainable: Callable[..., None], work: Mapping[str, Any], *, cpus: float, gpus: float, retries: int, storage: str,
-               title: Callable[[str], str], reuse: bool = True, **common: Any) -> Iterator[tuple[str, Ended]]:
+               title: Callable[[str], str], says: Callable[[str], None] = lambda line: None, reuse: bool = True,
+               **common: Any) -> Iterator[tuple[str, Ended]]:
     """Run one trial for each piece of work; gives (key, how it ended).
 
     trainable: called as trainable({"key": key}, work=work, **common), in other processes.
-    storage: folder or URI for Tune's records. title: of a piece of work, for people.
+    storage: folder or URI for Tune's records. title: of a piece of work, for people. says: told every line of progress, which is
+    printed.
     """
     if not work:
         return
@@ -52,7 +54,7 @@ def run_trials(name: str, trainable: Callable[..., None], work: Mapping[str, Any
         run_config=tune.RunConfig(name=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}", storage_path=storage, verbose=0,
                                   failure_config=tune.FailureConfig(max_failures=retries),
                                   sync_config=tune.SyncConfig(sync_artifacts=True, sync_period=10),  # the trials' logs
-                                  callbacks=[JsonLoggerCallback(), _Progress(name, len(work), title, watch)]))
+                                  callbacks=[JsonLoggerCallback(), _Progress(name, len(work), title, says, watch)]))
     try:
         results = tuner.fit()
     except OSError as error:
@@ -93,9 +95,13 @@ def _watched(config: dict[str, str], *, do: Callable[..., None], ear: ActorHandl
 class _Progress(tune.Callback):
     """A line for every trial that ends, with the time that the rest will take. One that is silent ends them all."""
 
-    def __init__(self, name: str, total: int, title: Callable[[str], str], watch: Watch) -> None:
+    def __init__(self, name: str, total: int, title: Callable[[str], str], says: Callable[[str], None], watch: Watch) -> None:
         self._name, self._total, self._title, self._done, self._started = name, total, title, 0, time.monotonic()
-        self._watch = watch
+        self._says, self._watch = says, watch
+        says(f"{name}: 0 of {total} done")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_name": self._name}  # Tune keeps one beside its records; what it tells, and of what, stays in this process
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
         running = [trial.config["key"] for trial in trials if trial.status == trial.RUNNING]
@@ -111,4 +117,6 @@ class _Progress(tune.Callback):
     def _tell(self, trial: Any, what: str) -> None:
         self._done += 1
         left = (time.monotonic() - self._started) / self._done * (self._total - self._done)
-        print(f"{self._name} {self._done}/{self._total}, {left:.0f} s left: {self._title(trial.config['key'])}: {what}", flush=True)
+        line = f"{self._name} {self._done}/{self._total}, {left:.0f} s left: {self._title(trial.config['key'])}: {what}"
+        print(line, flush=True)
+        self._says(line)
