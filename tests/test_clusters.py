@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -18,10 +19,12 @@ from packaging.utils import canonicalize_name
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from krrst_dist.config import ConfigError
+from krrst_dist.data.errors import DataError
 from krrst_dist.on_ray.alike import require_alike
 from krrst_dist.on_ray.cluster import ClusterError, connect
-from krrst_dist.on_ray.rooms import require, room
-from krrst_dist.on_ray.worker import Host
+from krrst_dist.on_ray.errors import UnfitHost
+from krrst_dist.on_ray.rooms import Rooms, require, room
+from krrst_dist.on_ray.worker import Host, Worker
 
 FILES = [ROOT / "clusters/gpu.yaml", ROOT / "clusters/onprem.yaml"]
 
@@ -191,6 +194,23 @@ def test_a_busy_cluster_is_refused_after_the_deadline_and_accepted_when_it_is_fr
         require(1, 0, 1, deadline_s=1)
     ray.kill(hog)
     require(1, 0, 1, wait=True, deadline_s=1)
+
+
+def test_a_host_is_left_out_only_where_the_others_are_enough(ray_cluster):
+    here = ray.get_runtime_context().get_node_id()
+    assert not Rooms(1, 0, 1).leave_out(here, "its disk is full")
+    with Rooms(1, 0, 1).take() as room:
+        assert room.actors == 1
+
+
+@pytest.mark.parametrize("do", ["do", "build"])
+def test_data_that_a_host_cannot_use_are_told_with_its_name_and_travel_with_it(ray_cluster, do):
+    def refuse(*_: object) -> None:
+        raise DataError("no room")
+
+    with pytest.raises(UnfitHost, match="^no room$") as told:
+        Worker().do("a chore", refuse) if do == "do" else Worker().build(refuse, [0], None)
+    assert pickle.loads(pickle.dumps(told.value)).node == ray.get_runtime_context().get_node_id()
 
 
 def test_connecting_twice_joins_the_same_cluster(ray_cluster):

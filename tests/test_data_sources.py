@@ -161,6 +161,7 @@ def test_what_is_wrong_with_a_row_is_said_in_the_same_words_every_time(tmp_path)
     with pytest.raises(BadImage) as bad:
         open_images("folder:mine", "train", tmp_path)[0]
     assert bad.value.reason == "UnidentifiedImageError: cannot identify image file"
+    assert str(pickle.loads(pickle.dumps(bad.value))) == str(bad.value)  # as it travels from another process
 
 
 def test_a_row_that_is_null_as_a_whole_is_named(tmp_path):

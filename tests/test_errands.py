@@ -8,11 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import ray
+from ray import tune
 
 from krrst_dist.data.errors import DataError
 from krrst_dist.on_ray import errands, signs
@@ -46,19 +47,25 @@ def stopping(file: Path) -> Iterator[None]:
     def number() -> int:
         return int(file.read_text() or 0) if file.exists() else 0
 
+    over = threading.Event()
+
     def stop() -> None:
         while not number():
-            time.sleep(0.1)
-        time.sleep(2)
-        os.kill(number(), signal.SIGSTOP)
+            if over.wait(0.1):
+                return
+        if not over.wait(2):
+            os.kill(number(), signal.SIGSTOP)
 
-    thread = threading.Thread(target=stop, daemon=True)
+    thread = threading.Thread(target=stop)
     thread.start()
     try:
         yield
     finally:
-        thread.join(timeout=60)
-        os.kill(number(), signal.SIGKILL)
+        over.set()
+        thread.join()
+        if process := number():
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
 
 
 def test_answers_come_in_the_order_of_the_calls_whichever_is_done_first():
@@ -114,12 +121,15 @@ def test_a_process_that_stands_still_is_named_beside_one_that_works(tmp_path):
 def test_a_trial_that_stands_still_is_named(tmp_path):
     def trial(config: dict, *, work: dict) -> None:
         Path(work[config["key"]]).write_text(str(os.getpid()))
-        threading.Event().wait()
+        while True:
+            tune.report({"step": 0})
+            time.sleep(0.5)
 
     still = tmp_path / "still"
-    with stopping(still), pytest.raises(EngineError, match=r"the cell still on .* \(process \d+\) has not answered for \d+ s"):
+    with stopping(still), pytest.raises(EngineError, match=r"the cell still on .* \(process \d+\) has not answered for \d+ s") as told:
         list(run_trials("cells", trial, {"still": str(still), "works": str(tmp_path / "works")}, cpus=1, gpus=0, retries=1,
                         storage=str(tmp_path), title=lambda key: f"the cell {key}"))
+    assert f"(process {still.read_text()})" in str(told.value)
 
 
 def test_work_that_gets_no_further_is_named_although_its_process_lives():

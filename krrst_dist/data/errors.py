@@ -17,3 +17,6 @@ class BadImage(DataError):
         super().__init__(f"{where}: cannot be decoded ({reason})")
         self.where = where
         self.reason = reason
+
+    def __reduce__(self) -> tuple[type[BadImage], tuple[str, str]]:
+        return BadImage, (self.where, self.reason)

@@ -174,9 +174,8 @@ class Coordinator:
                 raise EngineError(f"{lost}, while it started; see the lines above, and `krrst doctor`. If memory ran out, lower "
                                   f"engine.actors or distill.pool.size") from lost
             except UnfitHost as unfit:
-                if first:  # its user is still there
+                if first or not self._rooms.leave_out(unfit.node, str(unfit)):  # at first its user is still there
                     raise
-                self._rooms.leave_out(unfit.node, str(unfit))
                 raise Moved(f"{unfit}; that host is left out of this run") from unfit
             outer, restored = self._patiently(lambda: self._restore(group), patience)
             record = Record(self._directory, start=outer.steps if restored else None)

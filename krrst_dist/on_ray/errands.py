@@ -1,6 +1,7 @@
 """Pieces of work on whichever nodes have room, for the stages beside distilling: representations, probes, feature maps.
 
-One whose process is lost is given out again; one that is silent, or gets no further, ends them all with its name (`signs.py`).
+One whose process is lost is given out again. One that is silent ends them all, and so do all when none gets further: with their
+names (`signs.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from krrst_dist.on_ray import signs
-from krrst_dist.on_ray.errors import EngineError
+from krrst_dist.on_ray.errors import EngineError, last_line
 from krrst_dist.on_ray.signs import GO_ON, Watch, beating
 
 ATTEMPTS = 3
@@ -32,7 +33,7 @@ def run(work: Callable[..., T], calls: Mapping[str, tuple], *, cpus: int, gpus: 
     answer) in their order.
 
     cpus, gpus: of each process. Raises what the work raises, and EngineError, with title and host, where a process is lost again and
-    again or is silent.
+    again or is silent, or where none gets further.
     """
     errands = _Errands(work, calls, cpus=cpus, gpus=gpus)
     try:
@@ -75,9 +76,11 @@ class _Errands:
         try:
             self._answers[piece.title] = ray.get(reference)
         except RayTaskError as error:
+            if isinstance(error.cause, RayError):
+                raise EngineError(f"{piece.title} on {self._watch.place(piece)} could not do its work: {last_line(error)}") from error
             raise error.cause from error
         except RayError as error:
-            lost, why = f"{piece.title} on {self._watch.place(piece)} was lost", str(error).strip().splitlines()[-1]
+            lost, why = f"{piece.title} on {self._watch.place(piece)} was lost", last_line(error)
             if piece.attempt >= ATTEMPTS:
                 raise EngineError(f"{lost}, {ATTEMPTS} times in all: {why}; see that host's memory and logs. {GO_ON}") from error
             print(f"{lost} ({why}); it is given out again", flush=True)

@@ -25,3 +25,9 @@ class Moved(Exception):
 
 class TakenOverError(EngineError):
     """Another process goes on with this run: this one must not write any more."""
+
+
+def last_line(error: BaseException) -> str:
+    """What matters of Ray's many lines: the exception that ended a task, or the reason it gives for a death."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

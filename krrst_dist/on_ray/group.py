@@ -23,7 +23,7 @@ from ray._private.state import state
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from krrst_dist.on_ray.errors import EngineError, LostActor
+from krrst_dist.on_ray.errors import EngineError, LostActor, last_line
 from krrst_dist.on_ray.sliced import BuildSlice, Layout
 from krrst_dist.on_ray.worker import Build, Host, Measure, Worker
 
@@ -179,12 +179,12 @@ class WorkerGroup:
             return ray.get(reference, timeout=timeout)
         except exceptions.RayTaskError as error:
             if isinstance(error.cause, _LOST):  # what it was to work on was another one's
-                raise LostActor(f"{self._describe(self._who(error.cause, actor))} was lost: {_last_line(error)}") from error
+                raise LostActor(f"{self._describe(self._who(error.cause, actor))} was lost: {last_line(error)}") from error
             if isinstance(error.cause, exceptions.RayError):
-                raise EngineError(f"{self._describe(actor)} could not take its work: {_last_line(error)}") from error
+                raise EngineError(f"{self._describe(actor)} could not take its work: {last_line(error)}") from error
             raise error.cause from error
         except _LOST as error:
-            raise LostActor(f"{self._describe(self._who(error, actor))} was lost: {_last_line(error)}") from error
+            raise LostActor(f"{self._describe(self._who(error, actor))} was lost: {last_line(error)}") from error
 
     def _who(self, lost: Exception, asked: int) -> int:
         """The actor that an error is about, as far as it says so."""
@@ -235,9 +235,3 @@ class _Pulse:
         with suppress(exceptions.RayError):  # the call that is waited for will say so
             self.signs, self.notice = ray.get(self.asked, timeout=1.0)
         self.deaf, self.asked = 0.0, None
-
-
-def _last_line(error: Exception) -> str:
-    """What matters of Ray's many lines: the exception that ended a start, or the reason it gives for a death."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__

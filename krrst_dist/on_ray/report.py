@@ -30,11 +30,12 @@ def evaluate(config: Config, cache: Cache, labelled: dict[str, tuple[Prepared, P
     if not datasets:
         return rows
     rooms.require(engine.threads, engine.gpus, 1, wait)
-    cells = {f"probes of {method}, seed {run.seed}": (config, cache, datasets, distilled, run.seed) for run, method, distilled in sets}
+    cells = {f"probes {n}/{len(sets)}: {method}, seed {run.seed}": (config, cache, datasets, distilled, run.seed)
+             for n, (run, method, distilled) in enumerate(sets, 1)}
     measured = errands.run(assembly.probe, cells, cpus=engine.threads, gpus=engine.gpus)
-    for done, ((run, method, _), (_, accuracy)) in enumerate(zip(sets, measured, strict=True), 1):
+    for (run, method, _), (line, accuracy) in zip(sets, measured, strict=True):
         rows += [Row(method, _metric(name, fraction), run.seed, 100 * value) for (name, fraction), value in accuracy.items()]
-        print(f"probes {done}/{len(sets)}: {method}, seed {run.seed}", flush=True)
+        print(line, flush=True)
     return rows
 
 

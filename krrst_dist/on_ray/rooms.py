@@ -66,9 +66,14 @@ class Rooms:
         self._held, self._lock = 0, threading.Lock()
         self._unfit: dict[str, str] = {}  # node -> why
 
-    def leave_out(self, node: str, why: str) -> None:
-        """Take no room on a node of the cluster any more."""
-        self._unfit = self._unfit | {node: why}  # other threads may be reading
+    def leave_out(self, node: str, why: str) -> bool:
+        """Take no room on a node of the cluster any more, if the others have room for a run. Have they?"""
+        with self._lock:
+            unfit = self._unfit | {node: why}
+            if capacity(cpus=self._cpus, gpus=self._gpus, but=unfit) < self._actors:
+                return False
+            self._unfit = unfit
+        return True
 
     @contextmanager
     def take(self, *, stop: Callable[[], bool] = lambda: False, patience: float = 0,

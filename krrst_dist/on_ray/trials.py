@@ -16,8 +16,9 @@ from ray import tune
 from ray.actor import ActorHandle
 from ray.tune.logger import JsonLoggerCallback
 
-from krrst_dist.on_ray.errors import EngineError
-from krrst_dist.on_ray.signs import BEAT, Watch, beating
+from krrst_dist.on_ray import signs
+from krrst_dist.on_ray.errors import EngineError, last_line
+from krrst_dist.on_ray.signs import Watch, beating
 from krrst_dist.storage import StorageError
 
 
@@ -34,7 +35,7 @@ class Ended:
 def run_trials(name: str, trainable: Callable[..., None], work: Mapping[str, Any], *, cpus: float, gpus: float, retries: int, storage: str,
                title: Callable[[str], str], says: Callable[[str], None] = lambda line: None, reuse: bool = True,
                **common: Any) -> Iterator[tuple[str, Ended]]:
-    """Run one trial for each piece of work; gives (key, how it ended).
+    """Run one trial for each piece of work; gives (key, how it ended). Raises StorageError, EngineError.
 
     trainable: called as trainable({"key": key}, work=work, **common), in other processes.
     storage: folder or URI for Tune's records. title: of a piece of work, for people. says: told every line of progress, which is
@@ -45,8 +46,8 @@ def run_trials(name: str, trainable: Callable[..., None], work: Mapping[str, Any
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # else it prints tables of its own, whatever `verbose` says
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # with it, Ctrl-C would end the trials and not the grid
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # result.json holds all; TensorBoard's writer can hang when Python ends early
-    watch = Watch(stalls=False)
-    bound = tune.with_parameters(_watched, do=trainable, ear=watch.ear, every=BEAT, work=dict(work), **common)
+    watch = Watch()
+    bound = tune.with_parameters(_watched, do=trainable, ear=watch.ear, every=signs.BEAT, work=dict(work), **common)
     tuner = tune.Tuner(
         tune.with_resources(bound, {"cpu": cpus, "gpu": gpus}),
         param_space={"key": tune.grid_search(list(work))},
@@ -69,17 +70,11 @@ def run_trials(name: str, trainable: Callable[..., None], work: Mapping[str, Any
 def _ended(result: Any) -> tuple[str, Ended]:
     last, path = result.metrics or {}, str(result.path or "")
     if result.error is not None:
-        return result.config["key"], Ended("failed", _last_line(result.error), last, path)
+        return result.config["key"], Ended("failed", last_line(result.error), last, path)
     if result.config is None or "status" not in last:  # neither a number nor an error: nobody knows what it would have been
         raise EngineError(f"Ray Tune stopped before all trials had ended; their logs are in {path}. What is finished is kept, the same "
                           f"command goes on")
     return result.config["key"], Ended(last["status"], last["error"], last, path)
-
-
-def _last_line(error: BaseException) -> str:
-    """What an error says, without the traceback that Ray puts before it."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _trial_name(trial: Any) -> str:
@@ -93,11 +88,12 @@ def _watched(config: dict[str, str], *, do: Callable[..., None], ear: ActorHandl
 
 
 class _Progress(tune.Callback):
-    """A line for every trial that ends, with the time that the rest will take. One that is silent ends them all."""
+    """A line for every trial that ends, with the time that the rest will take. One that is silent ends them all in an
+    EngineError, and so do all when none has reported anything for long."""
 
     def __init__(self, name: str, total: int, title: Callable[[str], str], says: Callable[[str], None], watch: Watch) -> None:
         self._name, self._total, self._title, self._done, self._started = name, total, title, 0, time.monotonic()
-        self._says, self._watch = says, watch
+        self._says, self._watch, self._moved = says, watch, False
         says(f"{name}: 0 of {total} done")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,7 +101,11 @@ class _Progress(tune.Callback):
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
         running = [trial.config["key"] for trial in trials if trial.status == trial.RUNNING]
-        self._watch.look({key: self._title(key) for key in running})
+        self._watch.look({key: self._title(key) for key in running}, moved=self._moved)
+        self._moved = False
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+        self._moved = True
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         last = trial.last_result or {}

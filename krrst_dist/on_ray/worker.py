@@ -12,7 +12,8 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,19 +123,16 @@ class Worker:
         self._signs = 0  # of life, from chores and held-out measurements
 
     def do(self, chore: str, do: Do) -> None:
-        """Something that the shards need before they can be built."""
-        do(chore, self._alive)
+        """Something that the shards need before they can be built. Raises UnfitHost for a DataError."""
+        with self._or_unfit():
+            do(chore, self._alive)
 
     def build(self, build: Build, shards: Iterable[int], measure: Measure | None, build_slice: BuildSlice | None = None,
               slices: Iterable[tuple[int, int]] = (), run: str | None = None) -> None:
         """Make the shards, and slices (shard, p) of shards. run: whose logs the shards write to. Raises UnfitHost for a DataError."""
-        try:
+        with self._or_unfit():
             self._shards = [build(shard) for shard in shards]
             built = {(shard, p): build_slice(shard, p) for shard, p in slices}
-        except DataError as error:
-            unfit = UnfitHost(str(error))
-            unfit.node = self.node()
-            raise unfit from error
         self._log = ShardLogs(run, [shard.index for shard in self._shards], ray_log_folder()) if run else None
         self._tell("built")
         self._slices = SlicedParts(self._shards, built)
@@ -186,6 +184,15 @@ class Worker:
     def pull_back(self, step: int, shard: int, p: int, solved: Head | np.ndarray) -> np.ndarray:
         """dL/dX_s in slice p's rows. solved: p of what `solve` gave."""
         return self._slices.pull_back(step, shard, p, solved)
+
+    @contextmanager
+    def _or_unfit(self) -> Iterator[None]:
+        try:
+            yield
+        except DataError as error:
+            unfit = UnfitHost(str(error))
+            unfit.node = self.node()
+            raise unfit from error
 
     def node(self) -> str:
         """Which of the cluster's this actor is on."""
