@@ -26,7 +26,7 @@ from krrst_dist.data.prepare import in_this_process
 from krrst_dist.data.prepared import Part
 from krrst_dist.data.readers import Images
 from krrst_dist.on_ray import rooms
-from krrst_dist.on_ray.errors import EngineError
+from krrst_dist.on_ray.errors import EngineError, last_line
 from krrst_dist.storage import StorageError
 
 ANSWER, STALLED = 120.0, 600.0
@@ -95,7 +95,7 @@ class _Tasks:
                 except RayTaskError as error:
                     raise error.cause from error
                 except RayError as error:
-                    self._lost(job, node, attempts[job.name], str(error).strip().splitlines()[-1])
+                    self._lost(job, node, attempts[job.name], last_line(error))
                     waiting.append(job)
                 else:
                     if node in self._free:
@@ -223,7 +223,7 @@ def _answer(reference: ray.ObjectRef) -> str | None:
             ray.cancel(reference, force=True)
         return f"no answer within {ANSWER:.0f} s"
     except RayError as error:
-        return str(error).strip().splitlines()[-1]
+        return last_line(error)
 
 
 def _at(node: str, *, soft: bool = False) -> NodeAffinitySchedulingStrategy:

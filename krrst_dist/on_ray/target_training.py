@@ -45,7 +45,7 @@ from krrst_dist.evaluation.target_model import load_target, save_target, target_
 from krrst_dist.networks import Network
 from krrst_dist.on_ray import assembly
 from krrst_dist.on_ray.cluster import connect
-from krrst_dist.on_ray.errors import EngineError
+from krrst_dist.on_ray.errors import EngineError, last_line
 from krrst_dist.on_ray.rooms import require
 from krrst_dist.on_ray.target_monitor import TargetMonitor
 from krrst_dist.seeds import numpy_rng
@@ -144,7 +144,7 @@ def _fit(task: _Task, *, wait: bool) -> None:
     try:
         complaint = _beside_main_thread(trainer.fit).return_value
     except ray.train.TrainingFailedError as error:
-        cause = str(error).strip().splitlines()[-1]
+        cause = last_line(error)
         raise EngineError(f"target training failed on its workers more than {MAX_FAILURES} times: {cause}; its last checkpoint is kept, "
                           f"the same command goes on from it") from error
     finally:
